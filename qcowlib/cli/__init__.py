@@ -1,1 +1,1 @@
-
+"""The command qcow: one module per command."""

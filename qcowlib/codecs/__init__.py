@@ -1,1 +1,1 @@
-
+"""Compression and encryption: buffers in, buffers out."""

@@ -1,1 +1,1 @@
-
+"""On-disk structures: pure bytes <-> values, no I/O and no state."""

@@ -1,1 +1,1 @@
-
+"""What users hold: images, chains, streams, opening and creation."""

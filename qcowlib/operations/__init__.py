@@ -1,1 +1,1 @@
-
+"""One module per verb, functions over images."""

@@ -1,1 +1,1 @@
-
+"""Bytes at offsets of one host file; nothing here knows qcow2."""

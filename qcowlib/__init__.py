@@ -1,0 +1,1 @@
+"""qcowlib: read, write and snapshot qcow2 disk images."""
