@@ -47,7 +47,7 @@ def size_value(text: str, *, default_suffix: str = "b", base: int = 1024) -> int
         raise SizeSyntaxError(f"'{text}' is not a size")
     if whole > UINT64_MAX:
         raise SizeRangeError(f"'{text}' is too large")
-    scale = base ** _SUFFIXES.index((match["suffix"] or default_suffix).lower())
+    scale: int = base ** _SUFFIXES.index((match["suffix"] or default_suffix).lower())
     fixed_point = min(int(fraction * 2.0**64), UINT64_MAX)
     if scale == 1 and fixed_point:
         raise SizeSyntaxError(f"'{text}' is a fraction of a byte")
