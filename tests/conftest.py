@@ -1,0 +1,59 @@
+"""What every test has: the clock in UTC, quiet hypothesis profiles, the tools' versions in the header, the corpus."""
+
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+
+from tests import oracle
+from tests.corpus import archives
+
+# Times in text are compared with the stock tools', which run with the same settings.
+os.environ |= {"LC_ALL": "C", "TZ": "UTC"}
+time.tzset()
+
+# Deadlines per example measure the machine's other load, not us. The examples are the same in each run of the check.
+hypothesis.settings.register_profile("check", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.register_profile("explore", deadline=None, max_examples=2000, print_blob=True)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "check"))
+
+
+def pytest_report_header() -> list[str]:
+    tools = ", ".join(f"{name} {number}" for name, number in oracle.versions().items())
+    corpus = archives.corpus_source()
+    return [
+        f"{platform.python_implementation()} {platform.python_version()}, {tools}",
+        f"corpus: {corpus or 'missing'}",
+    ]
+
+
+@pytest.fixture(scope="session")
+def shared_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One directory for the whole run: the same in every xdist worker."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def corpus(shared_directory: Path) -> Path:
+    """Directory of the unpacked corpus; read only, copy an image before writing it.
+
+    Without a corpus the test skips, and fails when `CI=true`.
+    """
+    source = archives.corpus_source()
+    if source is None:
+        reason = "the corpus of images is missing: set QCOWLIB_CORPUS to its folder"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason, pytrace=False)
+        pytest.skip(reason)
+    return archives.unpack(source, shared_directory / "corpus")
+
+
+@pytest.fixture(scope="session")
+def manifest(corpus: Path) -> dict[str, Any]:
+    """The corpus's manifest; asks for the corpus, so that it skips or fails as that does."""
+    return archives.manifest()
