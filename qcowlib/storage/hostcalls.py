@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable
 
+_MAX_OFFSET = (1 << 63) - 1
 FALLOC_FL_KEEP_SIZE = 0x01
 FALLOC_FL_PUNCH_HOLE = 0x02
 FALLOC_FL_ZERO_RANGE = 0x10
@@ -50,6 +51,16 @@ else:
         data = pread(fd, len(buffer), offset)
         buffer[: len(data)] = data
         return len(data)
+
+
+def opened_for_writing(fd: int) -> bool:
+    """Whether a descriptor can be written; True where the platform does not say."""
+    if sys.platform == "win32":
+        return True
+    else:
+        import fcntl
+
+        return fcntl.fcntl(fd, fcntl.F_GETFL) & (os.O_WRONLY | os.O_RDWR) != 0
 
 
 def next_data(fd: int, position: int, end: int) -> tuple[int, int]:
@@ -106,6 +117,8 @@ def _fallocate(fd: int, mode: int, offset: int, length: int) -> bool:
     if sys.platform == "linux":
         import ctypes
 
+        if offset + length > _MAX_OFFSET:  # ctypes would cut it off without a word
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
         call = _libc_fallocate or _load_fallocate()
         while call(fd, mode, offset, length) != 0:
             code = ctypes.get_errno()

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 from qcowlib.errors import StorageError
 from qcowlib.storage import hostcalls
+from qcowlib.storage.locking import ImageLock, Use
 from qcowlib.storage.protocol import Buffer
 
 PathName = str | bytes | os.PathLike[str] | os.PathLike[bytes]
@@ -42,6 +43,7 @@ class LocalFile:
         self._name = name
         self.is_block_device = stat.S_ISBLK(os.fstat(descriptor).st_mode)
         self._flush_error: OSError | None = None
+        self._lock: ImageLock | None = None
 
     def __enter__(self) -> LocalFile:
         return self
@@ -116,11 +118,17 @@ class LocalFile:
         if file_end < end:
             yield file_end, end - file_end, False
 
+    def lock(self, use: Use) -> None:
+        """Take QEMU's image locks for a use; raises `ImageLocked`. `close` gives them back."""
+        self._lock = ImageLock.take(self._fd, self._name, use)
+
     def close(self) -> None:
-        """Close the descriptor, which releases the locks."""
+        """Release the locks and close the descriptor."""
         descriptor, self._fd = self._fd, -1
         if descriptor < 0:
             return
+        if self._lock is not None:  # a duplicate of the descriptor may live on, and would keep the locks
+            self._lock.release()
         try:
             os.close(descriptor)
         except OSError as error:
@@ -247,6 +255,8 @@ def open_local(
         raise StorageError(name, "open", OSError(errno.EINVAL, str(error))) from error
     try:
         file = _admit(descriptor, name, writable=writable)
+        if lock:
+            file.lock(Use.WRITE if writable else Use.FORCE_SHARE if force_share else Use.READ)
         if create and not file.is_block_device:
             file.truncate(0)
     except BaseException:
@@ -255,10 +265,13 @@ def open_local(
     return file
 
 
-def from_descriptor(descriptor: int, *, writable: bool = False) -> LocalFile:
+def from_descriptor(
+    descriptor: int, *, writable: bool = False, force_share: bool = False, lock: bool = True
+) -> LocalFile:
     """A `LocalFile` over a duplicate of an open descriptor, which stays the caller's.
 
-    The position of the descriptor may change. Raises as `open_local` does.
+    The locks belong to both, and `close` takes them away from both; the position of the descriptor may change.
+    Arguments and errors are those of `open_local`.
     """
     name = f"<descriptor {descriptor}>"
     try:
@@ -266,7 +279,12 @@ def from_descriptor(descriptor: int, *, writable: bool = False) -> LocalFile:
     except (OSError, OverflowError) as error:
         raise StorageError(name, "open", _as_oserror(error)) from error
     try:
-        return _admit(duplicate, name, writable=writable)
+        if writable and not hostcalls.opened_for_writing(duplicate):
+            raise StorageError(name, "write", OSError(errno.EBADF, "the descriptor is open for reading only"))
+        file = _admit(duplicate, name, writable=writable)
+        if lock:
+            file.lock(Use.WRITE if writable else Use.FORCE_SHARE if force_share else Use.READ)
+        return file
     except BaseException:
         os.close(duplicate)
         raise
