@@ -1,0 +1,7 @@
+"""`python -m qcowlib` is the command qcow."""
+
+import sys
+
+from qcowlib.cli.main import main
+
+sys.exit(main())

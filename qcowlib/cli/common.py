@@ -1,0 +1,92 @@
+"""What the commands share: messages, exit codes, and options that several of them have."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from qcowlib.cli.options import Arguments, Option, UsageError
+from qcowlib.errors import OptionError, QcowError
+from qcowlib.units import INT64_MAX, parse_size
+
+FORMAT = Option("format", "f", "format", "FMT", "format of the image: qcow2 or raw (default: by its content)")
+SHORT_FORMAT = FORMAT._replace(long="")
+OBJECT = Option("object", "", "object", "OBJECT", "secret,id=ID,data=TEXT|file=FILE[,format=raw|base64]: a passphrase")
+IMAGE_OPTS = Option("image-opts", "", "image-opts", None, "FILENAME is a list of options: driver=...,file.filename=...")
+FORCE_SHARE = Option("force-share", "U", "force-share", None, "open an image in use; what is read may be torn")
+OUTPUT = Option("output", "", "output", "human|json", "form of the output (default: human)")
+QUIET = Option("quiet", "q", "", None, "print errors only")
+PROGRESS = Option("progress", "p", "", None, "show progress")
+
+CACHE_MODES = ("none", "off", "directsync", "writeback", "unsafe", "writethrough")
+
+# Kinds of errors whose exit code is not 1; the first match counts.
+EXIT_CODES: tuple[tuple[type[QcowError], int], ...] = ()
+DEFAULT_EXIT_CODE = 1
+
+
+class CommandFailed(OptionError):
+    """A command ends with this message; each line of it is a message of its own."""
+
+    def __init__(self, message: str, code: int = DEFAULT_EXIT_CODE) -> None:
+        self.code = code
+        super().__init__(message)
+
+
+def program_name() -> str:
+    """Name of the program in messages: the base name it was called by, so that a link named qemu-img speaks as such."""
+    name = os.path.basename(sys.argv[0]) if sys.argv else ""
+    return name if name and not name.endswith(".py") else "qcow"
+
+
+def report(message: str, *, repeat: bool = False) -> None:
+    """Print a message on stderr after the program's name.
+
+    Args:
+        message: one line, or several; further lines are hints without the name in front.
+        repeat: put the name in front of every line.
+    """
+    prefix = f"{program_name()}: "
+    print(prefix + (message.replace("\n", "\n" + prefix) if repeat else message), file=sys.stderr)
+
+
+def exit_code(error: QcowError) -> int:
+    """Exit code for an error that ends a command."""
+    if isinstance(error, CommandFailed):
+        return error.code
+    return next((code for kind, code in EXIT_CODES if isinstance(error, kind)), DEFAULT_EXIT_CODE)
+
+
+def wants_json(arguments: Arguments) -> bool:
+    """Whether --output=json was given.
+
+    Raises:
+        CommandFailed: another word than human and json.
+    """
+    output = arguments.last("output")
+    if output not in (None, "human", "json"):
+        raise CommandFailed("--output must be used with human or json as argument.")
+    return output == "json"
+
+
+def one_filename(arguments: Arguments) -> str:
+    """The single operand."""
+    if len(arguments.operands) != 1:
+        raise UsageError("Expecting one image file name")
+    return arguments.operands[0]
+
+
+def size_argument(text: str, name: str, *, minimum: int = 0, maximum: int = INT64_MAX) -> int:
+    """A size in bytes given as an argument, by qemu-img's rules and with its messages."""
+    try:
+        return parse_size(text, name, minimum=minimum, maximum=maximum)
+    except OptionError as error:
+        raise CommandFailed(str(error)) from None
+
+
+def cache_mode(text: str | None, default: str, message: str) -> str:
+    """A cache mode by its name; `message` is completed with a name that is none."""
+    mode = default if text is None else text
+    if mode not in CACHE_MODES:
+        raise CommandFailed(f"{message}: {mode}")
+    return "none" if mode == "off" else mode
