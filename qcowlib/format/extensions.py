@@ -1,0 +1,210 @@
+"""Header extensions: kept as they are on disk, and the contents of those that are understood.
+
+Source: qcow2.txt, "Header extensions", "Bitmaps extension", "Full disk encryption header pointer".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
+
+from qcowlib.errors import CorruptMetadata, FormatError
+from qcowlib.format.constants import (
+    EXTENSION_BACKING_FORMAT,
+    EXTENSION_BITMAPS,
+    EXTENSION_CRYPTO_HEADER,
+    EXTENSION_DATA_FILE,
+    EXTENSION_END,
+    EXTENSION_FEATURE_NAMES,
+    MAX_BITMAP_DIRECTORY_SIZE,
+    MAX_BITMAPS,
+    MAX_CLUSTER_SIZE_WITHOUT_FEATURE_NAMES,
+)
+from qcowlib.format.features import QEMU_FEATURE_NAMES, build_feature_names
+from qcowlib.format.records import BITMAPS_EXTENSION, CRYPTO_EXTENSION, EXTENSION_HEADER
+
+# The order in which QEMU lays extensions out; unknown ones follow.
+_QEMU_ORDER = (
+    EXTENSION_BACKING_FORMAT,
+    EXTENSION_DATA_FILE,
+    EXTENSION_CRYPTO_HEADER,
+    EXTENSION_FEATURE_NAMES,
+    EXTENSION_BITMAPS,
+)
+
+
+@dataclass(frozen=True)
+class HeaderExtension:
+    """One header extension.
+
+    Attributes:
+        magic: the type.
+        data: its bytes, without padding.
+        padding: the bytes up to the next multiple of 8 as found on disk; zeroes are written where it is short.
+    """
+
+    magic: int
+    data: bytes
+    padding: bytes = b""
+
+    def build(self) -> bytes:
+        """Its bytes with type, length and padding."""
+        missing = -len(self.data) % 8
+        head = EXTENSION_HEADER.build({"magic": self.magic, "length": len(self.data)}, "header extension")
+        return head + self.data + self.padding[:missing].ljust(missing, b"\0")
+
+
+@dataclass(frozen=True)
+class BitmapsExtension:
+    """Where the bitmap directory is.
+
+    Attributes:
+        count: number of bitmaps.
+        directory_size: bytes of the directory.
+        directory_offset: host offset of the directory in bytes.
+    """
+
+    count: int
+    directory_size: int
+    directory_offset: int
+
+    def build(self) -> HeaderExtension:
+        """The header extension that says so."""
+        data = BITMAPS_EXTENSION.build({**asdict(self), "reserved": 0}, "bitmaps extension")
+        return HeaderExtension(EXTENSION_BITMAPS, data)
+
+
+class CryptoHeader(NamedTuple):
+    """Where the encryption header (LUKS) is: host offset and length in bytes."""
+
+    offset: int
+    length: int
+
+    def build(self) -> HeaderExtension:
+        """The header extension that says so."""
+        return HeaderExtension(
+            EXTENSION_CRYPTO_HEADER, CRYPTO_EXTENSION.build(self._asdict(), "encryption header pointer")
+        )
+
+
+class ExtensionArea(NamedTuple):
+    """What lies between the header and the backing file name.
+
+    Attributes:
+        extensions: those before the end marker.
+        length: bytes that they take.
+        end: bytes up to the end of the end marker (of the extensions, where there is none).
+        error: what ended the walk, if something did; the caller decides whether it matters.
+    """
+
+    extensions: tuple[HeaderExtension, ...]
+    length: int
+    end: int
+    error: FormatError | None
+
+
+def parse_extensions(area: bytes, start: int) -> ExtensionArea:
+    """The extensions in the area between the header and the backing file name (or the end of the first cluster).
+
+    Args:
+        area: the bytes of that area.
+        start: its host offset, for the error.
+    """
+    found: list[HeaderExtension] = []
+    position = 0
+    while position < len(area):
+        data_start = position + EXTENSION_HEADER.size
+        if data_start > len(area):
+            return ExtensionArea(tuple(found), position, position, _too_large(start + position))
+        magic, length = EXTENSION_HEADER.parse(area[position:data_start], "header extension").values()
+        data_end = data_start + length
+        if data_end > len(area):
+            return ExtensionArea(tuple(found), position, position, _too_large(start + position))
+        if magic == EXTENSION_END:
+            return ExtensionArea(tuple(found), position, data_end, None)
+        padded_end = min(data_end + -length % 8, len(area))
+        found.append(HeaderExtension(magic, area[data_start:data_end], area[data_end:padded_end]))
+        position = padded_end
+    return ExtensionArea(tuple(found), position, position, None)
+
+
+def _too_large(host_offset: int) -> FormatError:
+    return FormatError("header extension", host_offset, "reaches beyond the area for header extensions")
+
+
+def parse_bitmaps_extension(data: bytes, cluster_size: int) -> BitmapsExtension:
+    """The contents of a bitmaps extension.
+
+    Raises:
+        CorruptMetadata: a field breaks a rule; the limits are QEMU's.
+    """
+    structure = "bitmaps extension"
+    if len(data) != BITMAPS_EXTENSION.size:
+        raise CorruptMetadata(structure, None, f"has {len(data)} bytes instead of {BITMAPS_EXTENSION.size}")
+    fields = BITMAPS_EXTENSION.parse(data, structure)
+    if fields.pop("reserved"):
+        raise CorruptMetadata(structure, None, "a reserved field is not zero")
+    extension = BitmapsExtension(**fields)
+    if not 1 <= extension.count <= MAX_BITMAPS:
+        raise CorruptMetadata(
+            structure, None, f"the number of bitmaps, {extension.count}, is not within 1 to {MAX_BITMAPS}"
+        )
+    if extension.directory_offset % cluster_size:
+        raise CorruptMetadata("bitmap directory", extension.directory_offset, "is not cluster aligned")
+    if extension.directory_size > MAX_BITMAP_DIRECTORY_SIZE:
+        raise CorruptMetadata(
+            "bitmap directory",
+            extension.directory_offset,
+            f"its size of {extension.directory_size} bytes exceeds the limit of {MAX_BITMAP_DIRECTORY_SIZE}",
+        )
+    return extension
+
+
+def parse_crypto_header(data: bytes, cluster_size: int) -> CryptoHeader:
+    """The contents of an encryption header pointer.
+
+    Raises:
+        CorruptMetadata: the length is wrong or the offset is not cluster aligned.
+    """
+    structure = "encryption header pointer"
+    if len(data) != CRYPTO_EXTENSION.size:
+        raise CorruptMetadata(structure, None, f"has {len(data)} bytes instead of {CRYPTO_EXTENSION.size}")
+    pointer = CryptoHeader(**CRYPTO_EXTENSION.parse(data, structure))
+    if pointer.offset % cluster_size:
+        raise CorruptMetadata("encryption header", pointer.offset, "is not cluster aligned")
+    return pointer
+
+
+def new_extensions(
+    version: int,
+    cluster_size: int,
+    *,
+    backing_format: str | None = None,
+    data_file_name: str | None = None,
+    crypto_header: CryptoHeader | None = None,
+    bitmaps: BitmapsExtension | None = None,
+) -> tuple[HeaderExtension, ...]:
+    """The extensions of a new image, as qemu-img 7.2 writes them.
+
+    The feature name table comes with version 3 unless the clusters are so small that the backing file name needs the
+    room.
+    """
+    found = []
+    if backing_format is not None:
+        found.append(HeaderExtension(EXTENSION_BACKING_FORMAT, backing_format.encode("utf-8", "surrogateescape")))
+    if data_file_name is not None:
+        found.append(HeaderExtension(EXTENSION_DATA_FILE, data_file_name.encode("utf-8", "surrogateescape")))
+    if crypto_header is not None:
+        found.append(crypto_header.build())
+    if version >= 3 and cluster_size > MAX_CLUSTER_SIZE_WITHOUT_FEATURE_NAMES:
+        found.append(HeaderExtension(EXTENSION_FEATURE_NAMES, build_feature_names(QEMU_FEATURE_NAMES)))
+    if bitmaps is not None:
+        found.append(bitmaps.build())
+    return tuple(found)
+
+
+def in_qemu_order(extensions: Iterable[HeaderExtension]) -> tuple[HeaderExtension, ...]:
+    """Extensions in the order in which QEMU writes them, unknown ones last."""
+    place = {magic: index for index, magic in enumerate(_QEMU_ORDER)}
+    return tuple(sorted(extensions, key=lambda extension: place.get(extension.magic, len(place))))
