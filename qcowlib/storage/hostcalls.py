@@ -43,6 +43,8 @@ if sys.platform != "win32" and hasattr(os, "preadv"):
 
     def pread_into(fd: int, buffer: memoryview, offset: int) -> int:
         """Positional read into a buffer, without a copy."""
+        if offset < 0:  # preadv2, which Python calls, takes -1 as the current position
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         return os.preadv(fd, [buffer], offset)
 else:
 

@@ -51,6 +51,10 @@ class Operation(NamedTuple):
         else:
             storage.truncate(self.offset)
 
+    def spans_sectors(self) -> bool:
+        """Whether this is a write that touches more than one disk sector."""
+        return self.kind == "write" and self.offset // SECTOR != (self.offset + max(self.length, 1) - 1) // SECTOR
+
     def sectors(self) -> list[Operation]:
         """A write as one write per disk sector that it touches; other operations are whole."""
         if self.kind != "write":
@@ -235,11 +239,10 @@ def _torn(
     epoch: Sequence[Operation], samples: int, choose: random.Random
 ) -> Iterator[tuple[int, tuple[Operation, ...], str]]:
     """States in which some sectors of one write are missing; half of them with all earlier operations whole."""
-    parts = {index: operation.sectors() for index, operation in enumerate(epoch)}
-    candidates = [index for index, sectors in parts.items() if len(sectors) > 1]
+    candidates = [index for index, operation in enumerate(epoch) if operation.spans_sectors()]
     for sample in range(samples if candidates else 0):
         torn = choose.choice(candidates)
-        sectors = parts[torn]
+        sectors = epoch[torn].sectors()
         if sample % 2:
             kept = sorted(choose.sample(range(len(sectors)), choose.randrange(1, len(sectors))))
             others = [index for index in range(len(epoch)) if index != torn and choose.random() < 0.5]
