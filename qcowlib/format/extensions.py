@@ -22,7 +22,7 @@ from qcowlib.format.constants import (
     MAX_CLUSTER_SIZE_WITHOUT_FEATURE_NAMES,
 )
 from qcowlib.format.features import QEMU_FEATURE_NAMES, build_feature_names
-from qcowlib.format.records import BITMAPS_EXTENSION, CRYPTO_EXTENSION, EXTENSION_HEADER
+from qcowlib.format.records import BITMAPS_EXTENSION, CRYPTO_EXTENSION, EXTENSION_HEADER, encode_text
 
 # The order in which QEMU lays extensions out; unknown ones follow.
 _QEMU_ORDER = (
@@ -192,9 +192,9 @@ def new_extensions(
     """
     found = []
     if backing_format is not None:
-        found.append(HeaderExtension(EXTENSION_BACKING_FORMAT, backing_format.encode("utf-8", "surrogateescape")))
+        found.append(HeaderExtension(EXTENSION_BACKING_FORMAT, encode_text(backing_format, "backing format")))
     if data_file_name is not None:
-        found.append(HeaderExtension(EXTENSION_DATA_FILE, data_file_name.encode("utf-8", "surrogateescape")))
+        found.append(HeaderExtension(EXTENSION_DATA_FILE, encode_text(data_file_name, "data file name")))
     if crypto_header is not None:
         found.append(crypto_header.build())
     if version >= 3 and cluster_size > MAX_CLUSTER_SIZE_WITHOUT_FEATURE_NAMES:

@@ -29,7 +29,7 @@ from qcowlib.format.extensions import (
 )
 from qcowlib.format.features import Autoclear, FeatureName, Incompatible, parse_feature_names
 from qcowlib.format.header_rules import check_extensions, check_features, check_structure, check_tables
-from qcowlib.format.records import HEADER_V2, HEADER_V3
+from qcowlib.format.records import HEADER_V2, HEADER_V3, decode_text, encode_text
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ class Header:
         if self.layout is not None and self.layout.key == self._layout_key:
             return self._build(self.layout)
         end_marker = HeaderExtension(k.EXTENSION_END, b"").build()
-        name = b"" if self.backing_file is None else self.backing_file.encode("utf-8", "surrogateescape")
+        name = b"" if self.backing_file is None else encode_text(self.backing_file, "backing file name")
         if len(name) > k.MAX_BACKING_FILE_NAME:
             raise OptionError(f"the backing file name is longer than {k.MAX_BACKING_FILE_NAME} bytes")
         extensions_length = sum(len(extension.build()) for extension in self.extensions)
@@ -319,4 +319,4 @@ def _parse_fields(data: bytes) -> dict[str, Any]:
 
 def _text(data: bytes | None) -> str | None:
     """A string of the header; QEMU ends it at the first zero byte."""
-    return None if data is None else data.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+    return None if data is None else decode_text(data)[0]

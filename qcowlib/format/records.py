@@ -20,6 +20,24 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 
+def encode_text(text: str, structure: str) -> bytes:
+    """The bytes of a name: UTF-8, surrogate escapes back to the bytes that they stand for.
+
+    Raises:
+        FormatError: the text holds half a surrogate pair, which is no text at all.
+    """
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise FormatError(structure, None, f"the name {text!r} cannot be encoded") from None
+
+
+def decode_text(stored: bytes) -> tuple[str, bytes]:
+    """A stored name as text, and its bytes from the first zero byte on, where the name ends for QEMU."""
+    name, zero, rest = stored.partition(b"\0")
+    return name.decode("utf-8", "surrogateescape"), zero + rest
+
+
 class Record:
     """A structure of fixed size: bytes to a dictionary of its fields and back.
 
@@ -127,6 +145,8 @@ BITMAPS_EXTENSION = Record(
 )
 CRYPTO_EXTENSION = Record({"offset": c.Int64ub, "length": c.Int64ub})
 
+# A field of the snapshot's extra data; how many of them there are differs from entry to entry.
+SNAPSHOT_EXTRA_FIELD = Record({"value": c.Int64ub})
 SNAPSHOT_HEADER = Record(
     {
         "l1_table_offset": c.Int64ub,
