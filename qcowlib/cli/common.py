@@ -26,10 +26,19 @@ DEFAULT_EXIT_CODE = 1
 
 
 class CommandFailed(OptionError):
-    """A command ends with this message; each line of it is a message of its own."""
+    """A command ends with this message.
 
-    def __init__(self, message: str, code: int = DEFAULT_EXIT_CODE) -> None:
+    Args:
+        message: the text; with `repeat` each line of it is a message of its own, else further lines are hints.
+        code: exit code.
+        repeat: put the program's name in front of every line.
+        end: what follows the message.
+    """
+
+    def __init__(self, message: str, code: int = DEFAULT_EXIT_CODE, *, repeat: bool = True, end: str = "\n") -> None:
         self.code = code
+        self.repeat = repeat
+        self.end = end
         super().__init__(message)
 
 
@@ -39,21 +48,24 @@ def program_name() -> str:
     return name if name and not name.endswith(".py") else "qcow"
 
 
-def report(message: str, *, repeat: bool = False) -> None:
+def report(message: str, *, repeat: bool = False, end: str = "\n") -> None:
     """Print a message on stderr after the program's name.
 
     Args:
         message: one line, or several; further lines are hints without the name in front.
         repeat: put the name in front of every line.
+        end: what follows the message.
     """
     prefix = f"{program_name()}: "
-    print(prefix + (message.replace("\n", "\n" + prefix) if repeat else message), file=sys.stderr)
+    print(prefix + (message.replace("\n", "\n" + prefix) if repeat else message), end=end, file=sys.stderr)
 
 
-def exit_code(error: QcowError) -> int:
-    """Exit code for an error that ends a command."""
+def report_error(error: QcowError) -> int:
+    """Print an error that ends a command; returns the exit code for it."""
     if isinstance(error, CommandFailed):
+        report(str(error), repeat=error.repeat, end=error.end)
         return error.code
+    report(str(error))
     return next((code for kind, code in EXIT_CODES if isinstance(error, kind)), DEFAULT_EXIT_CODE)
 
 

@@ -11,8 +11,9 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from io import StringIO
 
-from qcowlib.cli.common import CommandFailed, exit_code, program_name, report
+from qcowlib.cli.common import CommandFailed, program_name, report, report_error
 from qcowlib.cli.options import HelpWanted, Option, Syntax, UsageError, parse_arguments
 from qcowlib.errors import QcowError
 
@@ -81,8 +82,7 @@ def _dispatch(words: list[str]) -> int:
         report(f"{error}\nTry '{program_name()} --help' for more information")
         return 1
     except QcowError as error:
-        report(str(error), repeat=isinstance(error, CommandFailed))
-        return exit_code(error)
+        return report_error(error)
 
 
 def _run(name: str, words: list[str]) -> int:
@@ -150,7 +150,7 @@ def _abandon_output() -> None:
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, ValueError):
-        sys.stdout = open(os.devnull, "w")  # a replaced stream without descriptor: nothing to redirect
+        sys.stdout = StringIO()  # a replaced stream without descriptor: nothing to redirect
 
 
 if __name__ == "__main__":

@@ -16,7 +16,10 @@ def ordered(members: Mapping[str, Value]) -> list[tuple[str, Value]]:
 
     Source: QEMU's QDict (512 buckets, the hash function of tdb).
     """
-    return sorted(list(members.items())[::-1], key=lambda member: _hash(member[0]) % _BUCKETS)
+    found = list(members.items())
+    found.reverse()
+    found.sort(key=lambda member: _hash(member[0]) % _BUCKETS)
+    return found
 
 
 def dumps(value: Value, *, pretty: bool = True) -> str:

@@ -1,0 +1,83 @@
+"""qcow snapshot: the snapshots inside an image."""
+
+from __future__ import annotations
+
+from qcowlib.cli.common import FORCE_SHARE, IMAGE_OPTS, OBJECT, OUTPUT, QUIET, CommandFailed, one_filename, wants_json
+from qcowlib.cli.opening import image_name, open_image_name, open_image_name_for_writing
+from qcowlib.cli.options import Arguments, Option, Syntax, UsageError
+from qcowlib.cli.qapi import dumps
+from qcowlib.cli.snapshot_text import print_snapshot_table, snapshot_members
+from qcowlib.errors import NoSuchSnapshot, QcowError
+
+SYNTAX = Syntax(
+    "snapshot",
+    "[--object OBJECT] [--image-opts] [-U] [-q] [-l [--output=OFMT] | -a SNAPSHOT | -c NAME | -d SNAPSHOT] FILENAME",
+    (
+        Option("list", "l", "", None, "list the snapshots; times are local"),
+        Option("apply", "a", "", "SNAPSHOT", "make the disk what it was, size included; SNAPSHOT is an id or a name"),
+        Option("create", "c", "", "NAME", "keep the present state of the disk under a name"),
+        Option("delete", "d", "", "SNAPSHOT", "delete a snapshot and give its space back to the image"),
+        OUTPUT,
+        QUIET,
+        OBJECT,
+        IMAGE_OPTS,
+        FORCE_SHARE,
+    ),
+    "The backing file is not opened. An id wins over a name.\nExit codes: 0 done, 1 not done and nothing changed.",
+)
+
+_ACTIONS = ("list", "apply", "create", "delete")
+
+
+def run(arguments: Arguments) -> int:
+    """List, apply, create or delete."""
+    actions = [(action, name) for action, name in arguments.options if action in _ACTIONS]
+    if len(actions) > 1:
+        raise UsageError("Cannot mix '-l', '-a', '-c', '-d'")
+    filename = one_filename(arguments)
+    as_json = wants_json(arguments)
+    action, snapshot = actions[0] if actions else ("none", "")
+    if action in {"list", "none"}:
+        return _list(arguments, filename, as_json, show=action == "list")
+    if as_json:
+        raise CommandFailed("--output=json is for -l")
+    if arguments.has("force-share"):
+        raise CommandFailed(f"Could not open '{filename}': force-share=on can only be used with read-only images")
+    return _change(arguments, filename, action, snapshot)
+
+
+def _list(arguments: Arguments, filename: str, as_json: bool, *, show: bool) -> int:
+    force_share = arguments.has("force-share")
+    with open_image_name(image_name(arguments, filename), force_share=force_share, open_backing=False) as image:
+        snapshots = list(getattr(image, "snapshots", ()))
+    if show and as_json:
+        print(dumps([snapshot_members(entry) for entry in snapshots]))
+    elif show and snapshots:
+        print_snapshot_table(snapshots)
+    return 0
+
+
+def _change(arguments: Arguments, filename: str, action: str, snapshot: str) -> int:
+    with open_image_name_for_writing(image_name(arguments, filename), open_backing=False) as image:
+        from qcowlib.image.writable import WritableQcow2Image
+        from qcowlib.operations.snapshots import apply_snapshot, create_snapshot, delete_snapshot
+
+        if not isinstance(image, WritableQcow2Image):
+            raise CommandFailed(f"Could not {action} snapshot '{snapshot}': {_UNSUPPORTED[action]}")
+        operation = {"create": create_snapshot, "apply": apply_snapshot, "delete": delete_snapshot}[action]
+        try:
+            operation(image, snapshot)
+        except NoSuchSnapshot:
+            raise CommandFailed(f"Could not {action} snapshot '{snapshot}': {_MISSING[action]}") from None
+        except QcowError as error:
+            raise CommandFailed(f"Could not {action} snapshot '{snapshot}': {error}") from error
+    return 0
+
+
+# What a raw image answers, and a snapshot that is not there.
+_UNSUPPORTED = {
+    "create": "-95 (Operation not supported)",
+    "apply": "Block driver does not support snapshots",
+    "delete": "snapshot not found",
+}
+_MISSING = {"apply": "Failed to load snapshot: No such file or directory", "delete": "snapshot not found"}

@@ -1,0 +1,210 @@
+"""The options of new images (-o name=value): which there are, their help, how they are printed, what they mean.
+
+texts -> parse_creation_options -> {name: text} -> formatting_line (what create prints)
+                                                -> library_options (keywords of create_image)
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from qcowlib.cli.common import CommandFailed
+from qcowlib.cli.opening import KNOWN_FORMATS
+from qcowlib.cli.options import escape_commas, parse_key_values
+from qcowlib.errors import OptionError
+from qcowlib.units import SizeRangeError, SizeSyntaxError, size_value
+
+_TYPE_WORDS = {"str": "str", "bool": "bool (on/off)", "num": "num", "size": "size"}
+
+
+class CreationOption(NamedTuple):
+    """One option; `default` is shown by create when the option is not given."""
+
+    name: str
+    type: str
+    help: str
+    default: str | None = None
+
+
+_SIZE = CreationOption("size", "size", "Virtual disk size")
+_NOCOW = CreationOption("nocow", "bool", "Turn off copy-on-write (valid only on btrfs)")
+_EXTENT_SIZE_HINT = CreationOption("extent_size_hint", "size", "Extent size hint for the image file, 0 to disable")
+_RAW_PREALLOCATION = CreationOption("preallocation", "str", "Preallocation mode (allowed values: off, falloc, full)")
+
+# In the order in which create prints them; the second half of each belongs to the host file, not to the format.
+FORMAT_OPTIONS: dict[str, tuple[CreationOption, ...]] = {
+    "raw": (_SIZE,),
+    "qcow2": (
+        CreationOption(
+            "encryption",
+            "bool",
+            "Encrypt the image with format 'aes'. (Deprecated in favor of encrypt.format=aes)",
+        ),
+        CreationOption("encrypt.format", "str", "Encrypt the image, format choices: 'aes', 'luks'"),
+        CreationOption("encrypt.key-secret", "str", "ID of secret providing qcow AES key or LUKS passphrase"),
+        CreationOption("encrypt.cipher-alg", "str", "Name of encryption cipher algorithm"),
+        CreationOption("encrypt.cipher-mode", "str", "Name of encryption cipher mode"),
+        CreationOption("encrypt.ivgen-alg", "str", "Name of IV generator algorithm"),
+        CreationOption("encrypt.ivgen-hash-alg", "str", "Name of IV generator hash algorithm"),
+        CreationOption("encrypt.hash-alg", "str", "Name of encryption hash algorithm"),
+        CreationOption("encrypt.iter-time", "num", "Time to spend in PBKDF in milliseconds"),
+        CreationOption("cluster_size", "size", "qcow2 cluster size", "65536"),
+        CreationOption("extended_l2", "bool", "Extended L2 tables", "off"),
+        CreationOption("preallocation", "str", "Preallocation mode (allowed values: off, metadata, falloc, full)"),
+        CreationOption("compression_type", "str", "Compression method used for image cluster compression", "zlib"),
+        _SIZE,
+        CreationOption("compat", "str", "Compatibility level (v2 [0.10] or v3 [1.1])"),
+        CreationOption("backing_file", "str", "File name of a base image"),
+        CreationOption("backing_fmt", "str", "Image format of the base image"),
+        CreationOption("data_file", "str", "File name of an external data file"),
+        CreationOption("data_file_raw", "bool", "The external data file must stay valid as a raw image"),
+        CreationOption("lazy_refcounts", "bool", "Postpone refcount updates", "off"),
+        CreationOption("refcount_bits", "num", "Width of a reference count entry in bits", "16"),
+    ),
+}
+FILE_OPTIONS = {
+    "raw": (_NOCOW, _RAW_PREALLOCATION, _EXTENT_SIZE_HINT),
+    "qcow2": (_NOCOW, _EXTENT_SIZE_HINT),
+}
+
+_TRUE, _FALSE = ("on", "yes", "true", "y"), ("off", "no", "false", "n")
+_NUMBER = re.compile(r"\s*\+?(0x[0-9a-f]+|[0-9]+)", re.ASCII | re.IGNORECASE)
+
+
+def require_creatable(image_format: str) -> None:
+    """Refuse a format that no image can be made in.
+
+    Raises:
+        OptionError: unknown, or known and not creatable here.
+    """
+    if image_format not in KNOWN_FORMATS:
+        raise OptionError(f"Unknown file format '{image_format}'")
+    if image_format not in FORMAT_OPTIONS:
+        raise OptionError(f"Format driver '{image_format}' does not support image creation")
+
+
+def print_option_help(image_format: str, filename: str | None) -> None:
+    """The list of -o help; with a file name the options of the host file are in it.
+
+    Raises:
+        CommandFailed: the format has no such options.
+    """
+    try:
+        require_creatable(image_format)
+    except OptionError as error:
+        raise CommandFailed(str(error)) from None
+    options = FORMAT_OPTIONS[image_format]
+    if filename is not None:
+        options += FILE_OPTIONS[image_format]
+    print("Supported options:" if filename is not None else f"Supported {image_format} options:")
+    for line in sorted(f"  {f'{option.name}=<{_TYPE_WORDS[option.type]}>':<22} - {option.help}" for option in options):
+        print(line)
+    if filename is None:
+        print(
+            "\nThe protocol level may support further options.\nSpecify the target filename to include those options."
+        )
+
+
+def parse_creation_options(image_format: str, text: str | None) -> dict[str, str]:
+    """Values by option name; sizes and numbers are normalised to decimal.
+
+    Raises:
+        OptionError: an unknown option or a value of the wrong type.
+    """
+    known = {option.name: option for option in FORMAT_OPTIONS[image_format] + FILE_OPTIONS[image_format]}
+    values: dict[str, str] = {}
+    for element in parse_key_values(text or ""):
+        if element.name == "id":
+            continue  # QEMU takes the name of an option list out of it
+        if element.name not in known:
+            raise OptionError(f"Invalid parameter '{element.name}'")
+        values[element.name] = _checked(known[element.name], element.value)
+    return values
+
+
+def formatting_line(filename: str, image_format: str, values: dict[str, str]) -> str:
+    """What create prints: all options that are given or have a default."""
+    words = [f"Formatting '{filename}', fmt={image_format}"]
+    for option in FORMAT_OPTIONS[image_format] + FILE_OPTIONS[image_format]:
+        value = values.get(option.name, option.default)
+        if value is not None:
+            words.append(f"{option.name}={escape_commas(value) if option.type == 'str' else value}")
+    return " ".join(words)
+
+
+def library_options(values: dict[str, str], secrets: dict[str, bytes]) -> dict[str, object]:
+    """Keyword arguments of `create_image` for all options but size and backing file.
+
+    Args:
+        values: what `parse_creation_options` gave.
+        secrets: passphrases by id, for encrypt.key-secret.
+
+    Raises:
+        OptionError: the secret is not there, or an option has no effect here.
+    """
+    options: dict[str, object] = {}
+    for name, value in values.items():
+        if name in {"size", "backing_file", "backing_fmt", "encryption", "encrypt.key-secret"}:
+            continue
+        if name == "extent_size_hint":
+            if value != "0":
+                raise OptionError("extent_size_hint is not available: the host's own allocation is used")
+        elif name == "encrypt.iter-time":
+            options["encrypt_iter_time_ms"] = int(value)
+        elif name in {"cluster_size", "refcount_bits"}:
+            options[name] = int(value)
+        elif name in {"extended_l2", "data_file_raw", "lazy_refcounts", "nocow"}:
+            options[name] = value in _TRUE
+        else:
+            options[name.replace(".", "_").replace("-", "_")] = value
+    if values.get("encryption") in _TRUE:
+        if "encrypt_format" in options:
+            raise OptionError("'encrypt.format' and its alias 'encryption' can't be used at the same time")
+        options["encrypt_format"] = "aes"
+    key_secret = values.get("encrypt.key-secret")
+    if key_secret is not None:
+        if key_secret not in secrets:
+            raise OptionError(f"No secret with id '{key_secret}'")
+        options["encrypt_passphrase"] = secrets[key_secret]
+    return options
+
+
+def _checked(option: CreationOption, value: str) -> str:
+    if option.type == "bool" and value not in _TRUE + _FALSE:
+        raise OptionError(f"Parameter '{option.name}' expects 'on' or 'off'")
+    if option.type == "num":
+        return str(_number(option.name, value))
+    if option.type == "size":
+        return str(_signed(_size(option.name, value)))
+    return value
+
+
+def _number(name: str, value: str) -> int:
+    match = _NUMBER.fullmatch(value)
+    digits = match[1].lower() if match else ""
+    octal = len(digits) > 1 and digits.startswith("0") and not digits.startswith("0x")
+    try:
+        number = int(digits, 16 if digits.startswith("0x") else 8 if octal else 10)
+    except ValueError:
+        raise OptionError(f"Parameter '{name}' expects a number") from None
+    if number >= 1 << 64:
+        raise OptionError(f"Value '{value}' is too large for parameter '{name}'")
+    return number
+
+
+def _size(name: str, value: str) -> int:
+    try:
+        return size_value(value)
+    except SizeSyntaxError:
+        raise OptionError(
+            f"Parameter '{name}' expects a non-negative number below 2^64\n"
+            "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n"
+            "and exabytes, respectively."
+        ) from None
+    except SizeRangeError:
+        raise OptionError(f"Value '{value}' is out of range for parameter '{name}'") from None
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >= 1 << 63 else value

@@ -1,0 +1,201 @@
+"""From the name on the command line to an open image.
+
+    FILENAME                       a path, or json:{...}; -f says the format
+    --image-opts driver=qcow2,...  the same options as a list; encrypt.key-secret names an --object secret
+
+Failures are told as qemu-img does: Could not open 'FILENAME as given': reason.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, NamedTuple
+
+from qcowlib.cli.common import CommandFailed
+from qcowlib.cli.options import Arguments, parse_key_values
+from qcowlib.cli.qapi import Value, dumps
+from qcowlib.cli.secrets import read_secrets
+from qcowlib.errors import ChainError, QcowError
+
+if TYPE_CHECKING:
+    from qcowlib.image.qcow2 import Qcow2Image
+    from qcowlib.image.raw import RawImage, WritableRawImage
+    from qcowlib.image.references import Reference
+    from qcowlib.image.writable import WritableQcow2Image
+
+KNOWN_FORMATS = (
+    "blkdebug", "blklogwrites", "blkverify", "bochs", "cloop", "compress", "copy-before-write", "copy-on-read", "dmg",
+    "file", "ftp", "ftps", "gluster", "host_cdrom", "host_device", "http", "https", "iscsi", "iser", "luks", "nbd",
+    "nfs", "null-aio", "null-co", "nvme", "parallels", "preallocate", "qcow", "qcow2", "qed", "quorum", "raw", "rbd",
+    "replication", "snapshot-access", "ssh", "throttle", "vdi", "vhdx", "vmdk", "vpc", "vvfat",
+)  # fmt: skip
+"""Formats and drivers that qemu-img knows: another name is a mistake, not a format that this program lacks."""
+
+
+class ImageName(NamedTuple):
+    """An image to open.
+
+    Attributes:
+        text: the name as given, for messages.
+        shown: the name that info shows.
+        reference: the local file and the way to look at it.
+        passphrase: for an encrypted image.
+    """
+
+    text: str
+    shown: str
+    reference: Reference
+    passphrase: bytes | None = None
+
+    @staticmethod
+    def of_file(text: str, image_format: str | None = None) -> ImageName:
+        """A name that is a path or json: text."""
+        return _parsed(text, text, image_format, {})
+
+
+def image_name(arguments: Arguments, text: str, option: str = "format") -> ImageName:
+    """An image named on the command line, with the options that say how to open it.
+
+    Args:
+        arguments: --object, --image-opts and the format are taken from here.
+        text: the file name, or the list of options with --image-opts.
+        option: name of the option that holds the format.
+
+    Raises:
+        CommandFailed: the name or the options cannot be used.
+    """
+    image_format = arguments.last(option)
+    secrets = read_secrets(arguments)
+    if not arguments.has("image-opts"):
+        return _parsed(text, text, image_format, secrets)
+    if image_format is not None:
+        raise CommandFailed("--image-opts and --format are mutually exclusive")
+    return options_name(text, secrets)
+
+
+def options_name(text: str, secrets: dict[str, bytes]) -> ImageName:
+    """An image described by a list of options.
+
+    Raises:
+        CommandFailed: the options cannot be used.
+    """
+    options: dict[str, Value] = {element.name: element.value for element in parse_key_values(text, first="file")}
+    if isinstance(options.get("file"), str):
+        node = options["file"]
+        raise CommandFailed(f"Could not open '{text}': Cannot find device='{node}' nor node-name='{node}'")
+    if not any(name == "driver" or name.startswith("file.") for name in options):
+        raise CommandFailed(f"Could not open '{text}': Must specify either driver or file")
+    return _parsed(text, "json:" + dumps(options, pretty=False), None, secrets)
+
+
+def open_image_name(name: ImageName, *, force_share: bool, open_backing: bool) -> Qcow2Image | RawImage:
+    """Open an image for reading.
+
+    Args:
+        name: what to open.
+        force_share: read although somebody else writes.
+        open_backing: follow the names of local files inside the image; False opens nothing but the file itself.
+
+    Raises:
+        CommandFailed: it cannot be opened.
+    """
+    from qcowlib.image.opening import open_image
+    from qcowlib.image.policy import LocalFiles
+
+    try:
+        return open_image(
+            name.reference,
+            policy=LocalFiles(),
+            force_share=force_share,
+            passphrase=name.passphrase,
+            open_backing=open_backing,
+        )
+    except QcowError as error:
+        raise _not_opened(name, error) from error
+
+
+def open_image_name_for_writing(name: ImageName, *, open_backing: bool) -> WritableQcow2Image | WritableRawImage:
+    """Open an image for reading and writing; see `open_image_name`."""
+    from qcowlib.image.opening import open_image
+    from qcowlib.image.policy import LocalFiles
+
+    try:
+        image = open_image(
+            name.reference,
+            writable=True,
+            policy=LocalFiles(),
+            passphrase=name.passphrase,
+            open_backing=open_backing,
+        )
+    except QcowError as error:
+        raise _not_opened(name, error) from error
+    if image.format == "raw" and name.reference.format is None:
+        print(
+            f"WARNING: Image format was not specified for '{name.text}' and probing guessed raw.\n"
+            "         Automatically detecting the format is dangerous for raw images, "
+            "write operations on block 0 will be restricted.\n"
+            "         Specify the 'raw' format explicitly to remove the restrictions.",
+            file=sys.stderr,
+        )
+    return image
+
+
+def _not_opened(name: ImageName, error: QcowError) -> CommandFailed:
+    return CommandFailed(f"Could not open '{name.text}': {error}", repeat=False)
+
+
+def _parsed(text: str, name: str, image_format: str | None, secrets: dict[str, bytes]) -> ImageName:
+    from dataclasses import replace
+
+    from qcowlib.image.references import parse_image_name
+
+    if image_format is not None and image_format not in KNOWN_FORMATS:
+        raise CommandFailed(f"Could not open '{text}': Unknown driver '{image_format}'")
+    try:
+        reference = parse_image_name(name)
+    except ChainError as error:
+        raise CommandFailed(f"Could not open '{text}': {error}") from None
+    if image_format is not None:
+        if reference.format not in (None, image_format):
+            raise CommandFailed(f"Could not open '{text}': Driver specified twice")
+        reference = replace(reference, format=image_format)
+    key_secrets = _key_secrets(name)
+    if len(key_secrets) > 1:
+        raise CommandFailed(f"Could not open '{text}': one passphrase for the whole chain is supported, not several")
+    missing = next((secret for secret in key_secrets if secret not in secrets), None)
+    if missing is not None:
+        raise CommandFailed(f"Could not open '{text}': No secret with id '{missing}'")
+    key_secret = next(iter(key_secrets), None)
+    passphrase = None if key_secret is None else secrets[key_secret]
+    return ImageName(text, _shown(reference, key_secret), reference, passphrase)
+
+
+def _key_secrets(name: str) -> set[str]:
+    """Ids of the secrets that driver options name, at any depth."""
+    if not name.startswith("json:"):
+        return set()
+    import json
+
+    found: set[str] = set()
+    pending: list[object] = [json.loads(name.removeprefix("json:"))]
+    while pending:
+        options = pending.pop()
+        if isinstance(options, dict):
+            found.update(value for key, value in options.items() if key.endswith("key-secret"))
+            pending.extend(options.values())
+    return found
+
+
+def _shown(reference: Reference, key_secret: str | None) -> str:
+    """The path, or driver options as JSON where the path alone does not say what is opened."""
+    described: dict[str, Value] = {"driver": "file", "filename": reference.path}
+    plain = True
+    for window in reference.windows:
+        described = {"driver": "raw", "offset": str(window.offset), "file": described}
+        if window.size is not None:
+            described["size"] = str(window.size)
+        plain = False
+    if key_secret is not None:
+        described = {"driver": reference.format or "qcow2", "encrypt.key-secret": key_secret, "file": described}
+        plain = False
+    return reference.path if plain else "json:" + dumps(described, pretty=False)
