@@ -1,0 +1,235 @@
+"""Names of backing files and data files: text from a header to a local path, or a refusal.
+
+QEMU's grammar, as far as it describes local files:
+
+    NAME                  a path; a relative one starts at the directory of the image that names it
+    file:NAME             the same, but a relative one starts at the process's directory
+    json:{...}            driver options; paths start at the process's directory
+    PROTOCOL:ANYTHING     a colon before the first slash: never opened here, refused by name
+
+The options of `json:` may nest drivers. Those that describe local files are understood: `qcow2` and `raw` over `file`,
+`host_device` or another `raw` with `offset` and `size` (a slice), keys nested or dotted, `backing` as null or options.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from qcowlib.errors import ChainError
+
+MAX_DESCRIPTION_DEPTH = 32
+
+_FILE_DRIVERS = ("file", "host_device")
+_FORMAT_DRIVERS = ("raw", "qcow2")
+# Options that tune how a file is opened and do not change what is read from it.
+_TUNING_OPTIONS = frozenset(
+    {
+        "aio", "auto-read-only", "cache", "cache-clean-interval", "cache-size", "check-cache-dropped", "detect-zeroes",
+        "discard", "encrypt", "force-share", "l2-cache-entry-size", "l2-cache-size", "lazy-refcounts", "locking",
+        "node-name", "overlap-check", "pass-discard-other", "pass-discard-request", "pass-discard-snapshot",
+        "pr-manager", "read-only", "refcount-cache-size", "x-check-cache-dropped",
+    }
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Window:
+    """A slice of a file: `size` bytes from `offset`, or up to the end when size is None."""
+
+    offset: int
+    size: int | None
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A local file with the way to look at it.
+
+    Attributes:
+        path: local path as it is to be opened (relative ones start at the process's directory).
+        format: "raw", "qcow2", or None when nothing says it.
+        windows: slices to apply to the file, innermost first, below the format.
+        backing: None when the image's own header decides; else the description's word on the backing file.
+    """
+
+    path: str
+    format: str | None = None
+    windows: tuple[Window, ...] = ()
+    backing: BackingOverride | None = None
+
+
+@dataclass(frozen=True)
+class BackingOverride:
+    """What a description says in the place of the header's backing name; None says: no backing file."""
+
+    reference: Reference | None
+
+
+def has_protocol(name: str) -> bool:
+    """Whether a name starts with a protocol: a colon comes before the first slash."""
+    colon = name.find(":")
+    return colon >= 0 and "/" not in name[:colon]
+
+
+def backing_reference(name: str, backing_format: str | None, image_path: str) -> Reference:
+    """What a backing name in a header stands for.
+
+    Args:
+        name: the backing file name in the header.
+        backing_format: the backing format in the header, None when it has none.
+        image_path: local path of the image that holds the name ("" when it has none).
+
+    Raises:
+        ChainError: the name does not describe local files.
+    """
+    _refuse_nul(name)
+    if name.startswith("json:"):
+        reference = _parse_description(name)
+        if backing_format is not None and reference.format not in (None, backing_format):
+            raise ChainError(f"the backing name '{name}' does not describe a {backing_format} image")
+        return Reference(reference.path, reference.format or backing_format, reference.windows, reference.backing)
+    if has_protocol(name):
+        return Reference(_strip_file_protocol(name), backing_format)
+    if not name.startswith("/") and not image_path:
+        raise ChainError(f"the relative backing name '{name}' cannot be used: the image that names it has no path")
+    return Reference(os.path.join(os.path.dirname(image_path), name), backing_format)
+
+
+def data_file_path(name: str, image_path: str) -> str:
+    """Local path of the external data file that a header names.
+
+    The name is a plain file name by the specification; nothing in it is interpreted.
+
+    Raises:
+        ChainError: the name could only be meant as a URL or as a description.
+    """
+    _refuse_nul(name)
+    if name.startswith("json:") or has_protocol(name):
+        raise ChainError(f"the data file name '{name}' is not a plain file name and is not opened")
+    if not name.startswith("/") and not image_path:
+        raise ChainError(f"the relative data file name '{name}' cannot be used: the image that names it has no path")
+    return os.path.join(os.path.dirname(image_path), name)
+
+
+def parse_image_name(name: str) -> Reference:
+    """What a name from a user stands for (a file to open, no header involved); relative paths start at the process's
+    directory.
+
+    Raises:
+        ChainError: the name does not describe local files.
+    """
+    if name.startswith("json:"):
+        return _parse_description(name)
+    return Reference(_strip_file_protocol(name) if has_protocol(name) else name)
+
+
+def _refuse_nul(name: str) -> None:
+    if "\0" in name:
+        raise ChainError(f"the file name {name!r} holds a zero byte")
+
+
+def _strip_file_protocol(name: str) -> str:
+    protocol, _, path = name.partition(":")
+    if protocol not in _FILE_DRIVERS or not path or path.startswith("//"):
+        raise ChainError(f"'{name}' uses the protocol '{protocol}', which is not opened: only local files are")
+    return path
+
+
+def _parse_description(name: str) -> Reference:
+    try:
+        options = json.loads(name[len("json:") :])
+    except (ValueError, RecursionError) as error:
+        raise ChainError(f"could not parse the JSON options of '{name}': {error}") from None
+    if not isinstance(options, dict):
+        raise ChainError(f"could not parse the JSON options of '{name}': not an object")
+    return _reference_from_options(_nested(options, name), name, 0)
+
+
+def _nested(options: dict[str, Any], name: str) -> dict[str, Any]:
+    """Dotted keys ("file.filename") as nested objects."""
+    result: dict[str, Any] = {}
+    for key, value in options.items():
+        target = result
+        *parents, last = key.split(".")
+        if len(parents) > MAX_DESCRIPTION_DEPTH:
+            raise ChainError(f"the JSON options of '{name}' nest too deeply")
+        for parent in parents:
+            inner = target.setdefault(parent, {})
+            if not isinstance(inner, dict):
+                raise ChainError(f"the JSON options of '{name}' give '{parent}' twice")
+            target = inner
+        if isinstance(value, dict) and isinstance(target.get(last), dict):
+            target[last].update(value)
+        else:
+            target[last] = value
+    return result
+
+
+def _reference_from_options(options: dict[str, Any], name: str, depth: int) -> Reference:
+    if depth > MAX_DESCRIPTION_DEPTH:
+        raise ChainError(f"the JSON options of '{name}' nest too deeply")
+    options = _nested(options, name)
+    driver = options.get("driver")
+    known = {"driver", "filename", "file", "offset", "size", "backing"} | _TUNING_OPTIONS
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise ChainError(f"the JSON options of '{name}' hold '{unknown[0]}', which cannot be followed")
+    if driver in _FILE_DRIVERS or (driver is None and "filename" in options):
+        return _file_reference(options, name)
+    if driver is not None and driver not in _FORMAT_DRIVERS:
+        raise ChainError(f"the JSON options of '{name}' name the driver '{driver}': only local files are opened")
+    inner_options = options.get("file")
+    if not isinstance(inner_options, dict):
+        raise ChainError(f"the JSON options of '{name}' do not describe a file")
+    inner = _reference_from_options(inner_options, name, depth + 1)
+    if inner.format == "qcow2":
+        raise ChainError(f"the JSON options of '{name}' put a format above qcow2, which is not supported")
+    if driver == "raw":
+        window = _window(options, name)
+        windows = inner.windows if window is None else (*inner.windows, window)
+        return Reference(inner.path, "raw", windows)
+    if "offset" in options or "size" in options:
+        raise ChainError(f"the JSON options of '{name}' give an offset or size to a driver other than raw")
+    return Reference(inner.path, driver, inner.windows, _backing_override(options, name, depth))
+
+
+def _file_reference(options: dict[str, Any], name: str) -> Reference:
+    filename = options.get("filename")
+    if not isinstance(filename, str) or not filename:
+        raise ChainError(f"the JSON options of '{name}' name no file")
+    _refuse_nul(filename)
+    if "driver" not in options:
+        # Without a driver QEMU takes the name as a user's file name, protocols included.
+        if filename.startswith("json:"):
+            raise ChainError(f"the JSON options of '{name}' hold another description as a file name")
+        filename = _strip_file_protocol(filename) if has_protocol(filename) else filename
+    return Reference(filename)
+
+
+def _backing_override(options: dict[str, Any], name: str, depth: int) -> BackingOverride | None:
+    if "backing" not in options:
+        return None
+    backing = options["backing"]
+    if backing is None:
+        return BackingOverride(None)
+    if not isinstance(backing, dict):
+        raise ChainError(f"the JSON options of '{name}' refer to a node by name as backing file")
+    return BackingOverride(_reference_from_options(backing, name, depth + 1))
+
+
+def _window(options: dict[str, Any], name: str) -> Window | None:
+    if "offset" not in options and "size" not in options:
+        return None
+    offset = _number(options.get("offset", 0), "offset", name)
+    size = None if options.get("size") is None else _number(options["size"], "size", name)
+    return Window(offset, size)
+
+
+def _number(value: Any, key: str, name: str) -> int:  # noqa: ANN401 - what a JSON parser returns
+    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 20:
+        value = int(value)
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 63:
+        raise ChainError(f"the JSON options of '{name}' give no usable {key}")
+    return value
