@@ -250,7 +250,6 @@ def _qcow2_image(storage: ReadStorage, request: _Request, reference: Reference, 
         raise ImageStateError("qcow2: Image is corrupt; cannot be opened read/write")
     if request.open_backing:
         header.check_content_rules()
-        _ = state.snapshots, state.bitmaps  # as for QEMU, an image with a damaged table is not a valid one
     if header.has_data_file:
         data_storage = _data_storage(header, storage.name, reference.path, request)
         undo.callback(data_storage.close)
@@ -260,12 +259,16 @@ def _qcow2_image(storage: ReadStorage, request: _Request, reference: Reference, 
     if backing is not None:
         undo.callback(backing.close)
     left_out = header.backing_file is not None and not request.open_backing
-    if not request.writable:
-        return Qcow2Image(state, backing=backing, cipher=cipher, backing_left_out=left_out)
-    from qcowlib.image.writable import WritableQcow2Image
+    image_class = Qcow2Image
+    if request.writable:
+        from qcowlib.image.writable import WritableQcow2Image
 
-    _writable_storage(storage)
-    return WritableQcow2Image(state, backing=backing, cipher=cipher, backing_left_out=left_out)
+        _writable_storage(storage)
+        image_class = WritableQcow2Image
+    image = image_class(state, backing=backing, cipher=cipher, backing_left_out=left_out)
+    if request.open_backing:
+        _ = image.snapshots, image.bitmaps  # as for QEMU, an image with a damaged table is not a valid one
+    return image
 
 
 class _MissingDataFile:

@@ -14,9 +14,9 @@ from qcowlib.codecs.compression import decompress
 from qcowlib.codecs.sector_cipher import ClusterCipher
 from qcowlib.errors import ChainError, CorruptMetadata, NoSuchSnapshot, OptionError
 from qcowlib.extents import ExtentKind, ExtentTable
-from qcowlib.format.bitmap_directory import BitmapEntry
+from qcowlib.format.bitmap_directory import BitmapEntry, check_bitmap_entry
 from qcowlib.format.header import Header
-from qcowlib.format.snapshot_table import SnapshotEntry
+from qcowlib.format.snapshot_table import SnapshotEntry, parse_snapshot_table
 from qcowlib.image.reader import ReadableImage, zero_fill
 from qcowlib.metadata.mapping import ClusterMapping
 from qcowlib.metadata.state import Qcow2State
@@ -203,18 +203,27 @@ class Qcow2Image(_MappedLayer):
     def snapshots(self) -> list[SnapshotEntry]:
         """The internal snapshots in the order of the table.
 
+        A table that the end of the file cuts short is read as QEMU does, as if zeroes followed, so that the snapshots
+        before the cut can be used; whoever is going to write the table asks `state.snapshots`, which refuses it.
+
         Raises:
             FormatError: the snapshot table is damaged.
         """
-        return self.state.snapshots
+        try:
+            return self.state.snapshots
+        except CorruptMetadata:
+            storage = self.state.storage
+            return parse_snapshot_table(lambda offset, length: storage.pread(length, offset), self.header, pad=True)
 
     @property
     def bitmaps(self) -> list[BitmapEntry]:
         """The persistent dirty bitmaps.
 
         Raises:
-            FormatError: the bitmap directory is damaged.
+            FormatError: the bitmap directory is damaged, or holds a bitmap that breaks a rule.
         """
+        for entry in self.state.bitmaps:
+            check_bitmap_entry(entry, self.cluster_size, self.header.size)
         return self.state.bitmaps
 
     def open_snapshot(
