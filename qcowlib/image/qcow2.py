@@ -1,6 +1,6 @@
 """qcow2 images for reading: the active layer, internal snapshots, and the vm state of a snapshot.
 
-All three are one mapping (an L1 table) over the same data: `_MappedLayer` reads it, the classes below say which L1
+All three are one mapping (an L1 table) over the same data: `MappedLayer` reads it, the classes below say which L1
 table, how many guest bytes, and where they start.
 """
 
@@ -63,7 +63,7 @@ class ClusterCache:
             self._clusters.clear()
 
 
-class _MappedLayer(ReadableImage):
+class MappedLayer(ReadableImage):
     """Guest bytes through one L1 table.
 
     Attributes:
@@ -163,7 +163,7 @@ class _MappedLayer(ReadableImage):
             done += wanted
 
 
-class Qcow2Image(_MappedLayer):
+class Qcow2Image(MappedLayer):
     """A qcow2 image: its active layer, its snapshots, its bitmaps.
 
     Args:
@@ -266,7 +266,7 @@ class Qcow2Image(_MappedLayer):
             self.state.data_storage.close()
 
 
-class _SnapshotLayer(_MappedLayer):
+class _SnapshotLayer(MappedLayer):
     """What a snapshot's L1 table maps. Unlike the header's, the size in a snapshot table entry may go beyond it.
 
     Args:
