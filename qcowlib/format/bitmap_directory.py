@@ -26,6 +26,7 @@ __all__ = [
     "BitmapEntry",
     "BitmapFlags",
     "BitmapsExtension",
+    "bitmap_table_entries",
     "build_bitmap_directory",
     "check_bitmap_entry",
     "classify_bitmap_table",
@@ -167,7 +168,7 @@ def check_bitmap_entry(entry: BitmapEntry, cluster_size: int, disk_size: int) ->
     Args:
         entry: the directory entry.
         cluster_size: bytes in a cluster.
-        disk_size: virtual disk size in bytes; a bitmap that is not in use must cover it.
+        disk_size: virtual disk size in bytes; a bitmap that is not in use has exactly the size for it.
 
     Raises:
         UnsupportedFeature: another type, a granularity or extra data that QEMU does not support.
@@ -189,9 +190,17 @@ def check_bitmap_entry(entry: BitmapEntry, cluster_size: int, disk_size: int) ->
     bitmap_bytes = entry.table_size * cluster_size
     if not 0 < bitmap_bytes <= k.MAX_BITMAP_BYTES or entry.table_size > k.MAX_BITMAP_TABLE_ENTRIES:
         raise CorruptMetadata(where, entry.table_offset, f"its table of {entry.table_size} entries is out of bounds")
-    covered = bitmap_bytes * 8 << entry.granularity_bits
-    if not entry.flags & BitmapFlags.IN_USE and disk_size > covered:
-        raise CorruptMetadata(where, entry.table_offset, f"its table covers {covered} of {disk_size} bytes")
+    needed = bitmap_table_entries(disk_size, entry.granularity_bits, cluster_size)
+    if not entry.flags & BitmapFlags.IN_USE and entry.table_size != needed:
+        rule = f"its table has {entry.table_size} entries where a disk of {disk_size} bytes needs {needed}"
+        raise CorruptMetadata(where, entry.table_offset, rule)
+
+
+def bitmap_table_entries(disk_size: int, granularity_bits: int, cluster_size: int) -> int:
+    """Entries of the bitmap table for a disk: clusters of bitmap data, which QEMU rounds up to 64-bit words."""
+    bits = (disk_size + (1 << granularity_bits) - 1) >> granularity_bits
+    data_bytes = -(-bits // 64) * 8
+    return -(-data_bytes // cluster_size)
 
 
 def classify_bitmap_table(entries: Entries) -> Uint8Array:
