@@ -64,6 +64,21 @@ class RefcountStructure:
         return refcount_dtype(self._order).itemsize
 
     @property
+    def largest(self) -> int:
+        """The largest refcount that the width can hold."""
+        return self._geometry.refcount_max
+
+    @property
+    def width(self) -> int:
+        """Bits of a refcount."""
+        return self._geometry.refcount_bits
+
+    @property
+    def cluster_bits(self) -> int:
+        """log2 of the cluster size."""
+        return self._geometry.cluster_bits
+
+    @property
     def table_location(self) -> tuple[int, int]:
         """Host offset of the refcount table in bytes and its clusters, as the header must say after GROW."""
         return self._table_offset, len(self._table) * 8 >> self._geometry.cluster_bits
@@ -92,6 +107,17 @@ class RefcountStructure:
                 window[at] = block[inside]
         return window
 
+    def gather(self, clusters: Int64Array) -> RefcountArray:
+        """The refcounts of clusters in any order (int64), native dtype; 0 where no block is."""
+        found = np.zeros(len(clusters), dtype=refcount_dtype(self._order))
+        owners = clusters >> self._bits
+        for block_index in np.unique(owners).tolist():
+            block = self._block(block_index)
+            if block is not None:
+                here = owners == block_index
+                found[here] = block[clusters[here] & (1 << self._bits) - 1]
+        return found
+
     def add(self, first: int, counts: RefcountArray | int, length: int | None = None) -> None:
         """Raise the refcounts of consecutive clusters.
 
@@ -106,10 +132,12 @@ class RefcountStructure:
         for block_index, inside, at in self._pieces(first, length if length is not None else np.size(counts)):
             block = self._writable_block(block_index)
             more = counts[at] if isinstance(counts, np.ndarray) else counts
-            room = self._geometry.refcount_max - block[inside]
-            if (room < more).any():
+            if np.max(more) > self._geometry.refcount_max:
                 raise FormatError("refcount block", self._offset(block_index), self._overflow_text())
-            block[inside] += more if isinstance(more, int) else more.astype(block.dtype)
+            more = np.asarray(more).astype(block.dtype)  # one dtype: uint64 with int64 would become float64
+            if (block.dtype.type(self._geometry.refcount_max) - block[inside] < more).any():
+                raise FormatError("refcount block", self._offset(block_index), self._overflow_text())
+            block[inside] += more
 
     def subtract(self, first: int, counts: RefcountArray | int, length: int | None = None) -> None:
         """Lower the refcounts of consecutive clusters, as `add` raises them; only in phase RELEASE.

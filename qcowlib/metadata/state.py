@@ -8,6 +8,7 @@ from __future__ import annotations
 from functools import cached_property
 
 import numpy as np
+import numpy.typing as npt
 
 from qcowlib.addresses import Geometry
 from qcowlib.errors import CorruptMetadata
@@ -75,20 +76,26 @@ class Qcow2State:
     @cached_property
     def regions(self) -> MetadataRegions:
         """Where the header, the refcount structure and the active mapping lie (what a read must not hit)."""
-        size = self.geometry.cluster_size
-        here = lambda offset: np.array([offset], dtype=np.int64)  # noqa: E731 - three rows below read better with it
         regions = MetadataRegions(self.geometry.cluster_bits)
-        header = self.header
+        self._fill_regions(regions)
+        return regions
+
+    def refresh_regions(self) -> None:
+        """Build the map of metadata anew: another L1 table is active, with other L2 tables."""
+        self._fill_regions(self.regions)
+
+    def _fill_regions(self, regions: MetadataRegions) -> None:
+        size, header = self.geometry.cluster_size, self.header
+        single = np.array([[0], [header.refcount_table_offset], [header.l1_table_offset]], dtype=np.int64)
         regions.build(
             [
-                (RegionKind.HEADER, here(0), size),
-                (RegionKind.REFCOUNT_TABLE, here(header.refcount_table_offset), header.refcount_table_clusters * size),
-                (RegionKind.L1_TABLE, here(header.l1_table_offset), header.l1_size * 8),
+                (RegionKind.HEADER, single[0], size),
+                (RegionKind.REFCOUNT_TABLE, single[1], header.refcount_table_clusters * size),
+                (RegionKind.L1_TABLE, single[2], header.l1_size * 8),
                 (RegionKind.REFCOUNT_BLOCK, self._refcount_blocks(), size),
                 (RegionKind.L2_TABLE, table_offsets(self.l1, self.geometry), size),
             ]
         )
-        return regions
 
     def _refcount_blocks(self) -> Int64Array:
         """Host offsets of the refcount blocks, as far as the refcount table can be read."""
@@ -96,8 +103,11 @@ class Qcow2State:
         data = self.storage.pread(length, self.header.refcount_table_offset)
         table = np.frombuffer(data, dtype=ENTRY_DTYPE, count=len(data) // 8)
         found = offsets(table, REFCOUNT_TABLE_OFFSET_MASK)
-        sound = (found > 0) & (found < self.storage.size()) & (found & (self.geometry.cluster_size - 1) == 0)
-        return found[sound]
+        sound: npt.NDArray[np.bool_] = (
+            (found > 0) & (found < self.storage.size()) & (found & (self.geometry.cluster_size - 1) == 0)
+        )
+        chosen: Int64Array = found[sound]
+        return chosen
 
     @cached_property
     def rules(self) -> EntryRules:
@@ -125,12 +135,6 @@ class Qcow2State:
             raise CorruptMetadata("snapshot L1 table", entry.l1_table_offset, "is not cluster aligned")
         l1 = load_l1(self.storage, entry.l1_table_offset, entry.l1_size, "snapshot L1 table")
         return ClusterMapping(self.storage, self.tables, self.rules, l1)
-
-    def forget(self) -> None:
-        """Drop everything that was read, so that it is read again; for whoever has changed the file below."""
-        for name in ("l1", "snapshots", "bitmaps", "regions", "rules", "mapping"):
-            self.__dict__.pop(name, None)
-        self.tables.clear()
 
 
 def load_state(storage: ReadStorage, data_storage: ReadStorage | None = None) -> Qcow2State:
@@ -161,4 +165,5 @@ def load_l1(storage: ReadStorage, offset: int, entries: int, structure: str) -> 
 def table_offsets(l1: Entries, geometry: Geometry) -> Int64Array:
     """Host offsets of the aligned L2 tables that an L1 table names."""
     host = offsets(l1)
-    return host[(host != 0) & (host & (geometry.cluster_size - 1) == 0)]
+    aligned: Int64Array = host[(host != 0) & (host & (geometry.cluster_size - 1) == 0)]
+    return aligned

@@ -1,0 +1,252 @@
+"""qcow2 images opened for writing."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import cast
+
+from qcowlib.codecs.sector_cipher import ClusterCipher
+from qcowlib.errors import ImageStateError, OptionError, QcowError
+from qcowlib.format.bitmap_directory import BitmapEntry
+from qcowlib.format.entries import compressed_entry
+from qcowlib.image.qcow2 import SECTOR_SIZE, Qcow2Image
+from qcowlib.image.reader import ReadableImage, read_pieces
+from qcowlib.image.writer import ClusterWriter, GuestAccess
+from qcowlib.metadata.heal import heal
+from qcowlib.metadata.state import Qcow2State, load_state
+from qcowlib.metadata.transaction import MetadataTransaction
+from qcowlib.storage.protocol import Buffer, Storage
+
+_BITMAP_IN_USE, _BITMAP_AUTO = 1, 2
+
+
+class WritableQcow2Image(Qcow2Image):
+    """A qcow2 image that can be read and written.
+
+    What was written is durable after `flush` or `close`; what a crash leaves behind is leaked space at worst, which
+    the next writable open frees. Threads may share the image; writers and readers take turns.
+
+    Args:
+        state, backing, cipher, backing_left_out: as for `Qcow2Image`; the state's storages must be writable.
+
+    Raises:
+        CorruptMetadata: the refcounts cannot be relied upon and not be counted anew.
+    """
+
+    writable = True
+
+    def __init__(
+        self,
+        state: Qcow2State,
+        *,
+        backing: ReadableImage | None = None,
+        cipher: ClusterCipher | None = None,
+        backing_left_out: bool = False,
+    ) -> None:
+        storage, data_storage = cast(Storage, state.storage), cast(Storage, state.data_storage)
+        # Version 2 has no dirty bit: what an interrupted session left can only be seen by counting.
+        if state.header.dirty or state.header.version < 3:
+            heal(state, storage)
+            state = load_state(storage, data_storage)
+        super().__init__(state, backing=backing, cipher=cipher, backing_left_out=backing_left_out)
+        self._lock = threading.RLock()
+        self._closed = False
+        self._compressed_end = 0  # host offset behind the last compressed cluster
+        self._compressed_releases = 0
+        self.transaction = MetadataTransaction(state, storage, data_storage)
+        self._data_storage = data_storage
+        self._writer = ClusterWriter(
+            self.transaction,
+            GuestAccess(
+                read=self._read_for_copy,
+                store=self._store,
+                alignment=SECTOR_SIZE if cipher is not None else 1,
+                has_backing=state.header.backing_file is not None,
+            ),
+        )
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Exactly `length` bytes at `offset` (see `BlockImage.read`)."""
+        # A cluster that a writer releases may be reused at once: no read may be under way then.
+        with self._lock:
+            return super().read(offset, length)
+
+    def readinto(self, offset: int, buffer: bytearray | memoryview) -> int:
+        """Fill the whole buffer from `offset` (see `BlockImage.readinto`)."""
+        with self._lock:
+            return super().readinto(offset, buffer)
+
+    def write(self, offset: int, data: Buffer) -> None:
+        """Write all of `data` at guest offset `offset`.
+
+        Raises:
+            OutOfRange: the range does not lie inside the disk.
+            CorruptMetadata: an L2 entry of the range is damaged; it is not overwritten.
+            StorageError: the host file failed; what was written before stays.
+        """
+        view = memoryview(data).cast("B")
+        self._change(offset, len(view))
+        with self._lock:
+            self._writer.write(offset, view)
+            self._commit_under_pressure()
+
+    def write_zeroes(self, offset: int, length: int) -> None:
+        """Make the range read as zeroes, by zero clusters where that is possible. Raises as `write`."""
+        self._change(offset, length)
+        with self._lock:
+            self._writer.write_zeroes(offset, length)
+            self._commit_under_pressure()
+
+    def discard(self, offset: int, length: int) -> None:
+        """Give whole clusters of the range back; they then read as zeroes.
+
+        Parts of clusters stay as they are. So does all of a version 2 image with a backing file, which cannot say
+        that a cluster is zero. Raises as `write`.
+        """
+        self._change(offset, length)
+        with self._lock:
+            self._writer.discard(offset, length)
+            self._commit_under_pressure()
+
+    def write_compressed(self, offset: int, data: Buffer) -> None:
+        """Write one cluster compressed; plain where it does not get smaller.
+
+        Args:
+            offset: guest bytes, aligned to clusters.
+            data: one cluster; less only at the end of the disk.
+
+        Raises:
+            OptionError: not one whole cluster, or the image can hold no compressed clusters.
+        """
+        from qcowlib.codecs.compression import compress
+
+        view = memoryview(data).cast("B")
+        whole = min(self.cluster_size, self.size - offset)
+        if offset % self.cluster_size or len(view) != whole:
+            raise OptionError(f"{len(view)} bytes at {offset} are not one cluster")
+        if self.header.has_data_file or self.cipher is not None:
+            raise OptionError("compressed clusters are not possible with encryption or an external data file")
+        self._change(offset, len(view))
+        packed = compress(self.header.compression_type, bytes(view).ljust(self.cluster_size, b"\0"))
+        with self._lock:
+            if packed is None:
+                self._writer.write(offset, view)
+            else:
+                self._link_packed(offset, packed)
+            self._commit_under_pressure()
+
+    @contextmanager
+    def exclusive(self) -> Iterator[MetadataTransaction]:
+        """For operations on whole trees: nobody else reads or writes, nothing is pending, no table is in memory."""
+        with self._lock:
+            if self._closed:
+                raise ImageStateError(f"'{self.name}' is closed")
+            self.transaction.commit()
+            self.state.tables.clear()
+            try:
+                yield self.transaction
+            finally:
+                self.state.tables.clear()
+
+    def flush(self) -> None:
+        """Barrier: everything written before is durable when it returns.
+
+        Raises:
+            StorageError: the host file failed.
+        """
+        with self._lock:
+            self.transaction.commit()
+            self.transaction.flush()
+
+    def close(self) -> None:
+        """Commit, clear the dirty bit, release the file; a second call does nothing.
+
+        Raises:
+            StorageError: the last changes could not be written.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            try:
+                if self.transaction.failed:
+                    self._tidy_up()
+                else:
+                    self.transaction.close()
+            except QcowError:
+                if self.transaction.failed:
+                    self._tidy_up()
+                raise
+            finally:
+                super().close()
+
+    def _tidy_up(self) -> None:
+        """After a failed commit: free at once what it left behind, if the host lets us; else the next open does."""
+        storage = cast(Storage, self.state.storage)
+        try:
+            heal(load_state(storage, self.state.data_storage), storage)
+        except QcowError:
+            return
+
+    def _change(self, offset: int, length: int) -> None:
+        self._require_inside(offset, length)
+        if self._closed:
+            raise ImageStateError(f"'{self.name}' is closed")
+        if any(_records_writes(bitmap) for bitmap in self.bitmaps):
+            raise ImageStateError(
+                f"'{self.name}' has persistent bitmaps that record changes; writing guest data would leave them wrong"
+            )
+
+    def _commit_under_pressure(self) -> None:
+        if self.transaction.pressure:
+            self.transaction.commit()
+
+    def _read_for_copy(self, offset: int, length: int) -> bytes:
+        """Guest bytes as they are, zeroes behind the end of the disk."""
+        buffer = bytearray(length)
+        inside = min(length, max(0, self.header.size - offset))
+        if inside:
+            read_pieces(self, offset, memoryview(buffer)[:inside], fresh=True)
+        return bytes(buffer)
+
+    def _store(self, host: int, guest: int, data: bytes | memoryview) -> None:
+        if self.cipher is not None:
+            data = self.cipher.encrypt(data, guest if self.cipher.by_guest_offset else host)
+        self._data_storage.pwrite(data, host)
+
+    def _link_packed(self, guest: int, packed: bytes) -> None:
+        """Put compressed bytes behind the last ones, sharing their cluster, and let the L2 entry name them."""
+        bits = self.state.geometry.cluster_bits
+        host = self._place_packed(len(packed))
+        self._data_storage.pwrite(packed, host)
+        # Sectors are read as a whole: the file must reach to the end of the last one.
+        missing = -(host + len(packed)) % SECTOR_SIZE
+        if missing and host + len(packed) + missing > self._data_storage.size():
+            self._data_storage.pwrite(bytes(missing), host + len(packed))
+        self._compressed_end = host + len(packed)
+        self._writer.link_compressed(guest, compressed_entry(host, len(packed), bits))
+
+    def _place_packed(self, length: int) -> int:
+        """Host offset for `length` compressed bytes, its clusters counted."""
+        bits, size = self.state.geometry.cluster_bits, self.cluster_size
+        refcounts = self.transaction.refcounts
+        end = self._compressed_end
+        tail_cluster, room = end >> bits, -end % size
+        # After a release the tail cluster may be somebody else's.
+        if self._compressed_releases != self.transaction.releases:
+            self._compressed_releases, room = self.transaction.releases, 0
+        shareable = bool(room) and 0 < refcounts.get(tail_cluster) < self.state.geometry.refcount_max
+        if shareable and length <= room:
+            self.transaction.allocate_shared(tail_cluster)
+            return end
+        first, _ = self.transaction.allocate(1)
+        if shareable and first == tail_cluster + 1:
+            self.transaction.allocate_shared(tail_cluster)
+            return end
+        return first << bits
+
+
+def _records_writes(bitmap: BitmapEntry) -> bool:
+    return bool(bitmap.flags & _BITMAP_AUTO) and not bitmap.flags & _BITMAP_IN_USE

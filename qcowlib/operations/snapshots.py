@@ -1,0 +1,262 @@
+"""Internal snapshots: create, apply (revert to), delete.
+
+    create   FILL  copy of the L1 table, +1 on its tree, COPIED cleared, new snapshot table
+             LINK  header                                   RELEASE  old snapshot table
+    apply    FILL  +1 on the snapshot's tree, new active L1 table
+             LINK  header                                   RELEASE  old tree
+    delete   FILL  new snapshot table
+             LINK  header                                   RELEASE  the snapshot's tree, COPIED set
+
+One write of the header's first sector is the moment at which each takes effect. Everything is checked before anything
+is written, so an operation that is refused leaves the image as it was.
+
+Source: qcow2.txt, "Snapshots"; QEMU's rules for ids and names.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import numpy as np
+
+from qcowlib.errors import CorruptMetadata, FormatError, SnapshotError
+from qcowlib.format.constants import MAX_SNAPSHOT_STRING, MAX_SNAPSHOT_TABLE_SIZE, MAX_SNAPSHOTS
+from qcowlib.format.entries import ENTRY_DTYPE, L1_OFFSET_MASK, OFLAG_COPIED, Entries, offsets
+from qcowlib.format.snapshot_table import SnapshotEntry, build_snapshot_table
+from qcowlib.image.qcow2 import find_snapshot
+from qcowlib.image.writable import WritableQcow2Image
+from qcowlib.metadata.reference_counts import ReferenceCounts
+from qcowlib.metadata.regions import RegionKind
+from qcowlib.metadata.transaction import MetadataTransaction
+from qcowlib.metadata.trees import (
+    add_references,
+    clear_copied,
+    count_tree,
+    freed_runs,
+    require_room,
+    set_copied,
+    subtract_references,
+)
+
+_UNCOPIED = np.uint64(~OFLAG_COPIED & (1 << 64) - 1)
+
+
+def create_snapshot(
+    image: WritableQcow2Image,
+    name: str,
+    *,
+    date_ns: int | None = None,
+    vm_clock_ns: int = 0,
+    icount: int = 0,
+    vm_state_size: int = 0,
+) -> SnapshotEntry:
+    """Take an internal snapshot of the active layer.
+
+        with qcowlib.open_image("vm.qcow2", writable=True) as image:
+            qcowlib.create_snapshot(image, "before-upgrade")
+
+    The id is one more than the largest number among the ids; several snapshots may have one name, as in QEMU.
+
+    Args:
+        name: the snapshot's name (QEMU: tag).
+        date_ns: when it was taken, in nanoseconds since 1970; None means now.
+        vm_clock_ns: the guest's clock in nanoseconds.
+        icount: instructions executed.
+        vm_state_size: bytes of vm state that lie behind the disk in the active layer's mapping.
+
+    Returns: the new entry of the snapshot table.
+
+    Raises:
+        SnapshotError: external data file, too many snapshots, or the refcount width cannot hold another reference.
+        CorruptMetadata: the mapping is damaged. In both cases nothing was changed.
+    """
+    with image.exclusive() as transaction:
+        state = image.state
+        _require_possible(image)
+        moment = time.time_ns() if date_ns is None else date_ns
+        entry = SnapshotEntry(
+            l1_table_offset=0,
+            l1_size=len(state.l1),
+            id=_next_id(state.snapshots),
+            name=name,
+            date_sec=moment // 10**9,
+            date_nsec=moment % 10**9,
+            vm_clock_nsec=vm_clock_ns,
+            vm_state_size=vm_state_size,
+            disk_size=state.header.size,
+            icount=icount,
+        )
+        _require_fits([*state.snapshots, entry])
+        counts = count_tree(state, state.l1)
+        require_room(transaction.refcounts, counts, 1)
+        with transaction.direct_writes():
+            entry = replace(entry, l1_table_offset=_write_l1_copy(transaction, state.l1 & _UNCOPIED))
+            _write_table(transaction, [*state.snapshots, entry])
+            add_references(transaction.refcounts, counts)
+            clear_copied(state, transaction.storage, state.l1)
+            _write_active_l1(transaction)
+        transaction.commit()
+        state.snapshots = [*state.snapshots, entry]
+        return entry
+
+
+def apply_snapshot(image: WritableQcow2Image, snapshot: str | SnapshotEntry) -> None:
+    """Make the active layer what a snapshot holds, its disk size included. What was there is given up.
+
+    Args:
+        snapshot: id, or else name; or an entry of `image.snapshots`.
+
+    Raises:
+        NoSuchSnapshot: there is none.
+        SnapshotError: the image has bitmaps, which would no longer describe what changed (QEMU refuses as well).
+        CorruptMetadata: one of the two mappings is damaged. In all cases nothing was changed.
+    """
+    with image.exclusive() as transaction:
+        state, geometry = image.state, image.state.geometry
+        entry = _find(image, snapshot)
+        if image.bitmaps:
+            raise SnapshotError("Device has active dirty bitmaps")
+        size = state.header.size if entry.disk_size is None else entry.disk_size
+        entries = geometry.l1_entries_for(size)
+        saved = state.snapshot_mapping(entry).l1
+        if len(saved) < entries:
+            rule = f"its {len(saved)} entries are too few for a disk of {size} bytes"
+            raise CorruptMetadata("snapshot L1 table", entry.l1_table_offset, rule)
+        target = saved & _UNCOPIED
+        # An L1 entry that both have keeps its number of references: the tree under it is left alone.
+        same = _common(state.l1, target)
+        gained, lost = _without(target, same), _without(state.l1, same)
+        gained_counts, lost_counts = count_tree(state, gained), count_tree(state, lost)
+        require_room(transaction.refcounts, gained_counts, 1)
+        require_room(transaction.refcounts, lost_counts, 0)
+        with transaction.direct_writes():
+            add_references(transaction.refcounts, gained_counts)
+            clear_copied(state, transaction.storage, gained.copy())
+            transaction.replace_l1(target.astype(ENTRY_DTYPE))
+            transaction.change_header(size=size)
+        transaction.commit()
+        with transaction.direct_writes():
+            _release_tree(transaction, lost_counts)
+        state.refresh_regions()
+
+
+def delete_snapshot(image: WritableQcow2Image, snapshot: str | SnapshotEntry) -> None:
+    """Delete a snapshot; what nothing else refers to is freed.
+
+    Args:
+        snapshot: id, or else name; or an entry of `image.snapshots`.
+
+    Raises:
+        NoSuchSnapshot: there is none.
+        CorruptMetadata: its mapping is damaged, so that it cannot be told what to free. Nothing was changed.
+    """
+    with image.exclusive() as transaction:
+        state = image.state
+        entry = _find(image, snapshot)
+        rest = [other for other in state.snapshots if other is not entry]
+        l1 = state.snapshot_mapping(entry).l1
+        counts = count_tree(state, l1)
+        if entry.l1_size:
+            first = entry.l1_table_offset >> state.geometry.cluster_bits
+            counts.add_run(first, first + state.geometry.clusters_for(entry.l1_size * 8))
+        require_room(transaction.refcounts, counts, 0)
+        with transaction.direct_writes():
+            _write_table(transaction, rest)
+        transaction.commit()
+        state.snapshots = rest
+        with transaction.direct_writes():
+            _release_tree(transaction, counts)
+            set_copied(state, transaction.storage, transaction.refcounts, state.l1)
+            _write_active_l1(transaction)
+
+
+def _require_possible(image: WritableQcow2Image) -> None:
+    if image.header.has_data_file:
+        raise SnapshotError("images with an external data file cannot have internal snapshots")
+
+
+def _require_fits(snapshots: list[SnapshotEntry]) -> None:
+    new = snapshots[-1]
+    if len(snapshots) > MAX_SNAPSHOTS:
+        raise SnapshotError(f"the image has {MAX_SNAPSHOTS} snapshots already")
+    if len(new.name.encode("utf-8", "surrogateescape")) > MAX_SNAPSHOT_STRING:
+        raise SnapshotError("the snapshot's name is too long")
+    try:
+        length = len(build_snapshot_table(snapshots))
+    except FormatError as error:
+        raise SnapshotError(str(error)) from error
+    if length > MAX_SNAPSHOT_TABLE_SIZE:
+        raise SnapshotError("the snapshot table would become too large")
+
+
+def _find(image: WritableQcow2Image, snapshot: str | SnapshotEntry) -> SnapshotEntry:
+    if isinstance(snapshot, str):
+        return find_snapshot(image.snapshots, snapshot)
+    return next(entry for entry in image.snapshots if entry is snapshot or entry == snapshot)
+
+
+def _next_id(snapshots: list[SnapshotEntry]) -> str:
+    numbers = [int(entry.id) for entry in snapshots if entry.id.isascii() and entry.id.isdigit()]
+    return str(max(numbers, default=0) + 1)
+
+
+def _write_l1_copy(transaction: MetadataTransaction, l1: Entries) -> int:
+    """Write an L1 table into new clusters; its host offset in bytes (0 for an empty table)."""
+    geometry = transaction.state.geometry
+    if not len(l1):
+        return 0
+    clusters = geometry.clusters_for(len(l1) * 8)
+    first, _ = transaction.allocate(clusters, clusters)
+    offset = first << geometry.cluster_bits
+    transaction.storage.pwrite(l1.astype(ENTRY_DTYPE).tobytes(), offset)
+    return offset
+
+
+def _write_active_l1(transaction: MetadataTransaction) -> None:
+    """Write the active L1 table in place: only COPIED bits differ from what is there."""
+    state = transaction.state
+    if len(state.l1):
+        state.regions.guard(state.header.l1_table_offset, state.l1.nbytes, RegionKind.L1_TABLE)
+        transaction.storage.pwrite(state.l1.tobytes(), state.header.l1_table_offset)
+
+
+def _write_table(transaction: MetadataTransaction, snapshots: list[SnapshotEntry]) -> None:
+    """Write the snapshot table into new clusters; LINK swings the header to it, RELEASE frees the old one."""
+    state, bits = transaction.state, transaction.state.geometry.cluster_bits
+    offset = 0
+    if snapshots:
+        table = build_snapshot_table(snapshots)
+        clusters = state.geometry.clusters_for(len(table))
+        first, _ = transaction.allocate(clusters, clusters)
+        offset = first << bits
+        transaction.storage.pwrite(table, offset)
+    if state.header.nb_snapshots:
+        old = len(build_snapshot_table(state.snapshots))
+        transaction.release(state.header.snapshots_offset >> bits, state.geometry.clusters_for(old))
+    transaction.change_header(nb_snapshots=len(snapshots), snapshots_offset=offset)
+
+
+def _release_tree(transaction: MetadataTransaction, counts: ReferenceCounts) -> None:
+    """Phase RELEASE for a tree that nothing on disk names any more."""
+    refcounts, bits = transaction.refcounts, transaction.state.geometry.cluster_bits
+    subtract_references(refcounts, counts)
+    refcounts.write_blocks()
+    for first, count in freed_runs(refcounts, counts):
+        transaction.storage.discard(first << bits, count << bits)
+    refcounts.rescan()
+    transaction.releases += 1
+
+
+def _common(one: Entries, other: Entries) -> Entries:
+    """Offsets of the L2 tables that both L1 tables name at the same index (0 where they differ)."""
+    length = min(len(one), len(other))
+    first, second = offsets(one[:length], L1_OFFSET_MASK), offsets(other[:length], L1_OFFSET_MASK)
+    return np.where(first == second, first, 0).astype(np.uint64)
+
+
+def _without(l1: Entries, same: Entries) -> Entries:
+    """The L1 table less the entries that are in `same`."""
+    rest = l1.copy()
+    rest[: len(same)][same != 0] = 0
+    return rest
