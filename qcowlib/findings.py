@@ -51,6 +51,7 @@ class CheckReport:
         allocated_clusters: guest clusters with data, compressed ones included.
         compressed_clusters: guest clusters that are compressed.
         fragmented_clusters: guest clusters that do not follow their predecessor in the host file.
+        stopped: why the check could not be completed ("Invalid argument"); None when it was.
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -59,6 +60,7 @@ class CheckReport:
     allocated_clusters: int = 0
     compressed_clusters: int = 0
     fragmented_clusters: int = 0
+    stopped: str | None = None
 
     def count(self, severity: Severity) -> int:
         """How many facts of this severity there are."""

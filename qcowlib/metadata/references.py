@@ -101,11 +101,12 @@ def read_tables(storage: ReadStorage, geometry: Geometry, host: Int64Array, into
     rows = into.view(np.uint8).reshape(-1).data
     breaks = np.flatnonzero(np.diff(host) != size) + 1
     bounds = [0, *breaks.tolist(), len(host)]
+    end = storage.size()
     for first, last in pairwise(bounds):
         position = int(host[first]) if last > first else 0
         for start in range(first * size, last * size, _MAX_PIECE):
             piece = rows[start : min(start + _MAX_PIECE, last * size)]
-            got = storage.pread_into(piece, position)
+            got = storage.pread_into(piece, position) if position < end else 0
             if got < len(piece):
                 np.frombuffer(piece, dtype=np.uint8)[got:] = 0
             position += len(piece)
