@@ -105,12 +105,13 @@ class ClusterWriter:
         self._write_zero_bytes(high, end)
         size = self._geometry.cluster_size
         first, last = -(-low // size) * size, high if high == self._state.header.size else high // size * size
-        if first >= last:
+        if first > last:  # all inside one cluster
             self._zero_subclusters(low, high)
             return
         if low < first:
             self._zero_subclusters(low, first)
-        self._zero_clusters(first, last)
+        if first < last:
+            self._zero_clusters(first, last)
         if last < high:
             self._zero_subclusters(last, high)
 
