@@ -3,6 +3,7 @@
 import os
 import platform
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -57,3 +58,17 @@ def corpus(shared_directory: Path) -> Path:
 def manifest(corpus: Path) -> dict[str, Any]:
     """The corpus's manifest; asks for the corpus, so that it skips or fails as that does."""
     return archives.manifest()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The corpus's total. The properties of a report reach this process from every worker."""
+    total: Counter[str] = Counter()
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)]
+    for report in reports:
+        for name, counts in report.user_properties:
+            if name == "answers" and report.when == "call":
+                total.update(counts)
+    if total["asked"]:
+        right = total["SAME"] + total["STRICTER"]
+        asked = total["asked"] - total["NOT_ASKED"]
+        terminalreporter.write_line(f"{right} of {asked} answers ({total['STRICTER']} stricter)")

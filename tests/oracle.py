@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -54,6 +55,7 @@ def run(
     deadline: float = DEADLINE,
     cwd: str | os.PathLike[str] | None = None,
     stdin: str | None = None,
+    open_files: int | None = None,
 ) -> Completed:
     """Run a stock tool to its end.
 
@@ -64,6 +66,7 @@ def run(
         deadline: seconds until it is killed (`subprocess.TimeoutExpired`).
         cwd: directory to run in.
         stdin: text for its standard input; None closes it.
+        open_files: how many files it may open; a small number ends its walk along a backing loop.
 
     Returns: exit code, standard output and standard error as text (undecodable bytes as surrogates).
     """
@@ -77,11 +80,16 @@ def run(
         capture_output=True,
         encoding="utf-8",
         errors="surrogateescape",
+        preexec_fn=None if open_files is None else functools.partial(_limit_open_files, open_files),
         **({"input": stdin} if stdin is not None else {"stdin": subprocess.DEVNULL}),
     )
     if check and done.returncode != 0:
         raise AssertionError(f"{command} ended with {done.returncode}\n{done.stdout}{done.stderr}")
     return done
+
+
+def _limit_open_files(number: int) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (number, number))
 
 
 def qemu_img(
