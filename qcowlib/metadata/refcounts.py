@@ -150,9 +150,9 @@ class RefcountStructure:
             block = self._writable_block(block_index)
             less = counts[at].astype(block.dtype) if isinstance(counts, np.ndarray) else block.dtype.type(counts)
             block[inside] -= np.minimum(block[inside], less)
-            freed = np.flatnonzero(block[inside] == 0)
-            if len(freed):
-                lowest = (block_index << self._bits) + inside.start + int(freed[0])
+            freed = block[inside] == 0
+            if freed.any():
+                lowest = (block_index << self._bits) + inside.start + int(freed.argmax())
                 self._search_from = min(self._search_from, lowest)
 
     def allocate(self, want: int, minimum: int = 1) -> tuple[int, int]:

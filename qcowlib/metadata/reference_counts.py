@@ -77,7 +77,7 @@ class ReferenceCounts:
             return
         low, high = int(clusters.min()), int(clusters.max())
         if high - low < max(_DENSE * len(clusters), 1 << 12):
-            self._add_window(low, np.bincount(clusters - low) * times)
+            self.add_counts(low, np.bincount(clusters - low) * times)
         else:
             distinct, counts = np.unique(clusters, return_counts=True)
             self._add_distinct(distinct, counts.astype(np.int64) * times)
@@ -104,7 +104,12 @@ class ReferenceCounts:
                 counts.append(chunk[found].astype(np.int64))
         return np.concatenate(clusters), np.concatenate(counts)
 
-    def _add_window(self, low: int, counts: Int64Array) -> None:
+    def add_counts(self, low: int, counts: Int64Array) -> None:
+        """Count consecutive clusters from `low` on as often as `counts` says (int64).
+
+        Raises:
+            ImageStateError: the counters would exceed the budget.
+        """
         stop = low + len(counts)
         position = low
         while position < stop:

@@ -77,6 +77,26 @@ def require_room(refcounts: RefcountStructure, counts: ReferenceCounts, more: in
             )
 
 
+def difference(
+    gained: ReferenceCounts, lost: ReferenceCounts, refcount_block_bits: int
+) -> tuple[ReferenceCounts, ReferenceCounts]:
+    """What is left of references that come and go together: (those to add, those to subtract)."""
+    more, less = ReferenceCounts(refcount_block_bits), ReferenceCounts(refcount_block_bits)
+    for index in sorted({*gained.chunks(), *lost.chunks()}):
+        new, old = gained.chunk(index), lost.chunk(index)
+        net = np.zeros(gained.chunk_size, dtype=np.int64)
+        if new is not None:
+            net += new
+        if old is not None:
+            net -= old
+        first = index << gained.chunk_bits
+        if (net > 0).any():
+            more.add_counts(first, np.maximum(net, 0))
+        if (net < 0).any():
+            less.add_counts(first, np.maximum(-net, 0))
+    return more, less
+
+
 def add_references(refcounts: RefcountStructure, counts: ReferenceCounts) -> None:
     """Raise refcounts by `counts`, in memory."""
     for first, part in _spans(counts):
@@ -93,7 +113,9 @@ def freed_runs(refcounts: RefcountStructure, counts: ReferenceCounts) -> list[tu
     """(first cluster, clusters) of the counted clusters whose refcount is 0 now."""
     runs: list[tuple[int, int]] = []
     for first, part in _spans(counts):
-        free = (part != 0) & (refcounts.window(first, len(part)) == 0)
+        free = (refcounts.window(first, len(part)) == 0) & (part != 0)
+        if not free.any():
+            continue
         edges = np.flatnonzero(np.diff(np.concatenate(([False], free, [False])).astype(np.int8)))
         runs += [(first + int(a), int(b - a)) for a, b in zip(edges[::2], edges[1::2], strict=True)]
     return runs
@@ -198,8 +220,8 @@ def _spans(counts: ReferenceCounts) -> list[tuple[int, npt.NDArray[np.integer]]]
     for index in counts.chunks():
         chunk = counts.chunk(index)
         assert chunk is not None
-        used = np.flatnonzero(chunk)
-        if len(used):
-            low, high = int(used[0]), int(used[-1]) + 1
+        used = chunk != 0
+        if used.any():
+            low, high = int(used.argmax()), len(used) - int(used[::-1].argmax())
             spans.append(((index << counts.chunk_bits) + low, chunk[low:high]))
     return spans

@@ -2,8 +2,8 @@
 
     create   FILL  copy of the L1 table, +1 on its tree, COPIED cleared, new snapshot table
              LINK  header                                   RELEASE  old snapshot table
-    apply    FILL  +1 on the snapshot's tree, new active L1 table
-             LINK  header                                   RELEASE  old tree
+    apply    FILL  +1 on what the snapshot's tree has more, new active L1 table
+             LINK  header                                   RELEASE  what the old tree had more
     delete   FILL  new snapshot table
              LINK  header                                   RELEASE  the snapshot's tree, COPIED set
 
@@ -33,6 +33,7 @@ from qcowlib.metadata.trees import (
     add_references,
     clear_copied,
     count_tree,
+    difference,
     freed_runs,
     require_room,
     set_copied,
@@ -128,16 +129,18 @@ def apply_snapshot(image: WritableQcow2Image, snapshot: str | SnapshotEntry) -> 
         same = _common(state.l1, target)
         gained, lost = _without(target, same), _without(state.l1, same)
         gained_counts, lost_counts = count_tree(state, gained), count_tree(state, lost)
-        require_room(transaction.refcounts, gained_counts, 1)
+        require_room(transaction.refcounts, gained_counts, 0)
         require_room(transaction.refcounts, lost_counts, 0)
+        more, less = difference(gained_counts, lost_counts, geometry.refcount_block_bits)
+        require_room(transaction.refcounts, more, 1)
         with transaction.direct_writes():
-            add_references(transaction.refcounts, gained_counts)
+            add_references(transaction.refcounts, more)
             clear_copied(state, transaction.storage, gained.copy())
             transaction.replace_l1(target.astype(ENTRY_DTYPE))
             transaction.change_header(size=size)
         transaction.commit()
         with transaction.direct_writes():
-            _release_tree(transaction, lost_counts)
+            _release_tree(transaction, less)
         state.refresh_regions()
 
 
