@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from enum import KEEP, IntEnum, IntFlag
 from typing import NamedTuple
 
-_ENTRY_SIZE = 48
-_NAME_SIZE = 46
+from qcowlib.format.records import FEATURE_NAME, decode_text, encode_text
+
+_STRUCTURE = "feature name table"
 
 
 class Incompatible(IntFlag, boundary=KEEP):
@@ -79,19 +80,23 @@ QEMU_FEATURE_NAMES: tuple[FeatureName, ...] = (
 def parse_feature_names(data: bytes) -> tuple[FeatureName, ...]:
     """Entries of a feature name table; a last entry that is cut short is left out."""
     names = []
-    for start in range(0, len(data) - _ENTRY_SIZE + 1, _ENTRY_SIZE):
-        text = data[start + 2 : start + _ENTRY_SIZE].split(b"\0", 1)[0]
-        names.append(FeatureName(data[start], data[start + 1], text.decode("utf-8", "surrogateescape")))
+    for start in range(0, len(data) - FEATURE_NAME.size + 1, FEATURE_NAME.size):
+        fields = FEATURE_NAME.parse(data[start : start + FEATURE_NAME.size], _STRUCTURE)
+        names.append(FeatureName(fields["kind"], fields["bit"], decode_text(fields["name"])[0]))
     return tuple(names)
 
 
 def build_feature_names(names: Iterable[FeatureName]) -> bytes:
-    """The data of a feature name table extension; names are cut at 46 bytes and padded with zeroes."""
-    return b"".join(
-        bytes((entry.kind, entry.bit))
-        + entry.name.encode("utf-8", "surrogateescape")[:_NAME_SIZE].ljust(_NAME_SIZE, b"\0")
-        for entry in names
-    )
+    """The data of a feature name table extension.
+
+    Raises:
+        FormatError: a name is longer than 46 bytes, or a number does not fit into a byte.
+    """
+    return b"".join(FEATURE_NAME.build(_fields(entry), _STRUCTURE) for entry in names)
+
+
+def _fields(entry: FeatureName) -> dict[str, int | bytes]:
+    return {"kind": entry.kind, "bit": entry.bit, "name": encode_text(entry.name, _STRUCTURE).ljust(46, b"\0")}
 
 
 def describe_unknown_incompatible(bits: int, names: Iterable[FeatureName]) -> str:

@@ -8,6 +8,7 @@ Source: qcow2.txt; all numbers are big-endian.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,10 @@ from qcowlib.errors import FormatError
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+
+
+# A compiled declaration lets struct's errors through.
+_ERRORS = (c.ConstructError, struct.error)
 
 
 def encode_text(text: str, structure: str) -> bytes:
@@ -65,7 +70,7 @@ class Record:
         """
         try:
             fields = self._ready().parse(data)
-        except c.ConstructError:
+        except _ERRORS:
             raise FormatError(structure, host_offset, f"is cut short: {len(data)} of {self.size} bytes") from None
         return {name: fields[name] for name in self._names}
 
@@ -77,7 +82,7 @@ class Record:
         """
         try:
             return self._ready().build(dict(fields))
-        except c.ConstructError as error:
+        except _ERRORS as error:
             raise FormatError(structure, None, f"cannot be written: {str(error).splitlines()[-1]}") from None
 
     def _ready(self) -> c.Construct[Any, Any]:
@@ -135,6 +140,7 @@ HEADER_V2 = Record(_V2_FIELDS)
 HEADER_V3 = Record(_V2_FIELDS | _V3_FIELDS)
 
 EXTENSION_HEADER = Record({"magic": c.Int32ub, "length": c.Int32ub})
+FEATURE_NAME = Record({"kind": c.Int8ub, "bit": c.Int8ub, "name": c.Bytes(46)})
 BITMAPS_EXTENSION = Record(
     {
         "count": c.Int32ub,

@@ -90,27 +90,27 @@ class SnapshotEntry:
         return SNAPSHOT_HEADER.build(fields, _ENTRY) + extra + stored_id + stored_name
 
     def _extra_data(self) -> bytes:
-        extra = bytearray(self.extra_data)
-        if len(extra) >= 8 or self.vm_state_size >= 1 << 32:
-            _put(extra, 0, _field(self.vm_state_size))
-        if self.disk_size is not None:
-            _put(extra, 8, _field(self.disk_size))
-        elif len(extra) >= 16:
-            raise FormatError(_ENTRY, None, "has no disk size")
+        needed = 0
         if self.icount is not None:
-            _put(extra, 16, _field(self.icount))
-        elif len(extra) >= 24:
-            _put(extra, 16, _NO_ICOUNT)
+            needed = 24
+        elif self.disk_size is not None:
+            needed = 16
+        elif self.vm_state_size >= 1 << 32:
+            needed = 8
+        extra = bytearray(self.extra_data.ljust(needed, b"\0"))
+        if len(extra) >= 8:
+            extra[:8] = _field(self.vm_state_size)
+        if len(extra) >= 16:
+            if self.disk_size is None:
+                raise FormatError(_ENTRY, None, "has no disk size")
+            extra[8:16] = _field(self.disk_size)
+        if len(extra) >= 24:
+            extra[16:24] = _NO_ICOUNT if self.icount is None else _field(self.icount)
         return bytes(extra)
 
 
 def _field(value: int) -> bytes:
     return SNAPSHOT_EXTRA_FIELD.build({"value": value}, _ENTRY)
-
-
-def _put(extra: bytearray, at: int, value: bytes) -> None:
-    extra.extend(bytes(max(0, at + len(value) - len(extra))))
-    extra[at : at + len(value)] = value
 
 
 def _derived_size_32(vm_state_size: int) -> int:

@@ -1,6 +1,7 @@
 """Headers: field rules beside stock qemu-img, byte-exact round trips, and the bytes of new headers."""
 
 import dataclasses
+import struct
 from pathlib import Path
 
 import pytest
@@ -196,6 +197,10 @@ def test_odd_header_lengths_beside_qemu_img(length: int, plain_image: bytes, tmp
             parse_header(data, len(data))
 
 
+def bitmaps(*, count: int = 1, reserved: int = 0, size: int = 0, offset: int = 0) -> bytes:
+    return extension_bytes(k.EXTENSION_BITMAPS, struct.pack(">IIQQ", count, reserved, size, offset))
+
+
 # Each row: extensions as they lie behind the header, header fields, and whether an image with them can be opened.
 LUKS = {"crypt_method": 2}
 BITMAPS = {"autoclear_features": 1}
@@ -214,14 +219,14 @@ EXTENSIONS: list[tuple[str, bytes, dict[str, int], bool]] = [
     ("crypto unaligned", extension_bytes(k.EXTENSION_CRYPTO_HEADER, (512).to_bytes(8, "big") + bytes(8)), LUKS, False),
     ("bitmaps too short", extension_bytes(k.EXTENSION_BITMAPS, bytes(16)), {}, False),
     ("bitmaps not valid", extension_bytes(k.EXTENSION_BITMAPS, b"\xff" * 24), {}, True),
-    ("no bitmaps", extension_bytes(k.EXTENSION_BITMAPS, bytes(24)), BITMAPS, False),
-    ("bitmaps reserved", extension_bytes(k.EXTENSION_BITMAPS, b"\0\0\0\1\0\0\0\1" + bytes(16)), BITMAPS, False),
-    ("too many bitmaps", extension_bytes(k.EXTENSION_BITMAPS, b"\0\1\0\0" + bytes(20)), BITMAPS, False),
-    ("large directory", extension_bytes(k.EXTENSION_BITMAPS, b"\0\0\0\1\0\0\0\0" + b"\xff" * 8 + bytes(8)), BITMAPS, False),
-    ("unaligned directory", extension_bytes(k.EXTENSION_BITMAPS, b"\0\0\0\1" + bytes(19) + b"\1"), BITMAPS, False),
+    ("no bitmaps", bitmaps(count=0), BITMAPS, False),
+    ("one bitmap, reserved field", bitmaps(reserved=1), BITMAPS, False),
+    ("too many bitmaps", bitmaps(count=65536), BITMAPS, False),
+    ("large directory", bitmaps(size=1024 * 65535 + 1), BITMAPS, False),
+    ("unaligned directory", bitmaps(offset=512), BITMAPS, False),
     ("bit without bitmaps", b"", BITMAPS, True),
     ("raw data file bit alone", b"", {"autoclear_features": 2}, True),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(
