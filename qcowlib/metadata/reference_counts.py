@@ -67,6 +67,12 @@ class ReferenceCounts:
             self._room(index, times)[first - base : end - base] += times
             first = end
 
+    def remove_run(self, first: int, stop: int) -> None:
+        """Take back one reference to each cluster from `first` up to but not including `stop`."""
+        for cluster in range(first, stop):
+            chunk = self._chunks[cluster >> self.chunk_bits]
+            chunk[cluster & (self.chunk_size - 1)] -= 1
+
     def add(self, clusters: Int64Array, times: int = 1) -> None:
         """Count clusters (int64, any order, each as often as it occurs).
 

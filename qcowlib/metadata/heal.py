@@ -1,0 +1,283 @@
+"""Heal the refcounts of an image whose last session was cut off.
+
+    census --> expected refcounts (+ new refcount blocks and table, where some are missing)
+        1 raise   refcounts that are too low, clear COPIED where the refcount is not 1, fill new blocks and table
+        2 grow    refcount table entries or header name the new blocks and table          (only if there are new ones)
+        3 lower   refcounts that are too high (leaks), set COPIED where the refcount is 1
+        4 done    clear the dirty bit
+
+A barrier ends each step; a crash between any two writes leaves an image that heals again. Only changed blocks and
+tables are written. Where the mapping or the refcount structure is damaged nothing is changed: a cluster that nothing
+seems to refer to may be one whose reference is damaged.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from qcowlib.errors import CorruptMetadata, ImageStateError
+from qcowlib.findings import CheckReport, Finding, Severity
+from qcowlib.format.constants import MAX_HOST_OFFSET, MAX_REFCOUNT_TABLE_SIZE
+from qcowlib.format.entries import ENTRY_DTYPE, OFLAG_COPIED, Entries, flagged
+from qcowlib.format.features import Incompatible
+from qcowlib.format.header import Header
+from qcowlib.format.refcount_block import RefcountArray, encode_refcounts
+from qcowlib.metadata.census import Census, census
+from qcowlib.metadata.copied_flags import Ones, wrong_l1_entries, wrong_l2_tables
+from qcowlib.metadata.state import Qcow2State
+from qcowlib.metadata.stored_refcounts import StoredRefcounts
+from qcowlib.storage.protocol import Storage
+
+BoolArray = npt.NDArray[np.bool_]
+
+_SECTOR = 512
+
+
+def heal(state: Qcow2State, storage: Storage) -> CheckReport:
+    """Make refcounts and COPIED flags right, and clear the dirty bit.
+
+    The state is stale afterwards where the header changed: load it again.
+
+    Args:
+        state: the image's metadata.
+        storage: the qcow2 file, writable.
+
+    Returns:
+        What was wrong and has been made right: one finding for each kind.
+
+    Raises:
+        CorruptMetadata: the mapping or the refcount structure is damaged; nothing was changed.
+        ImageStateError: the image is too large to be counted, or a refcount does not fit; nothing was changed.
+        StorageError: the host file failed; what was written so far does no harm.
+    """
+    found = census(state)
+    _require_healable(found)
+    return _Healing(state.header, storage, found).run()
+
+
+def _require_healable(found: Census) -> None:
+    if found.stopped is not None:
+        raise ImageStateError(f"the image was not closed cleanly, and cannot be checked: {found.stopped}")
+    if found.mapping_damaged or found.refcounts_damaged:
+        texts = [finding.text.partition("\n")[0] for finding in found.findings]
+        texts += [f"cluster {cluster} holds {first} and {second}" for cluster, first, second in found.overlaps]
+        structure = "mapping" if found.mapping_damaged else "refcount structure"
+        raise CorruptMetadata(structure, None, f"is damaged, so that the refcounts cannot be healed: {texts[0]}")
+
+
+@dataclass(frozen=True)
+class _Growth:
+    """Refcount blocks and a refcount table that are missing, placed behind the end of the file.
+
+    Attributes:
+        blocks: host offset by index of each new block.
+        table_offset: host offset of a new, larger table; None when the old one has room.
+        table_entries: its entries.
+    """
+
+    blocks: dict[int, int]
+    table_offset: int | None
+    table_entries: int
+
+
+class _Healing:
+    def __init__(self, header: Header, storage: Storage, found: Census) -> None:
+        self.header = header
+        self.geometry = header.geometry
+        self.storage = storage
+        self.found = found
+        self.references = found.references
+        self.stored = found.stored
+        self.healed: Counter[tuple[str, Severity]] = Counter()
+        self.changed = False
+
+    def run(self) -> CheckReport:
+        """The four steps."""
+        growth = self._plan_growth()
+        ones = self._expected_ones()
+        self._raise_refcounts(growth)
+        self._fix_copied(ones, set_flag=False)
+        self._barrier()
+        if growth.blocks:
+            self._swing(growth)
+        self._lower_refcounts()
+        self._fix_copied(ones, set_flag=True)
+        self._barrier()
+        if self.header.dirty:
+            bits = self.header.incompatible_features & ~Incompatible.DIRTY
+            self._write_header(replace(self.header, incompatible_features=int(bits)))
+            self._barrier()
+        findings = [
+            Finding(code, severity, f"{count} of the kind '{code}' healed", repairable=True, count=count)
+            for (code, severity), count in self.healed.items()
+        ]
+        return CheckReport(findings)
+
+    # -- refcounts
+
+    def _expected_ones(self) -> Ones:
+        ones = Ones(self.references.chunk_bits, self.references.chunks())
+        for window in self.references.chunks():
+            counts = self.references.chunk(window)
+            if counts is not None:
+                ones.set_window(window, counts == 1)
+        return ones
+
+    def _windows(self) -> list[int]:
+        """All windows that have references or refcount blocks, also behind the end of the file."""
+        bits = self.references.chunk_bits
+        every = len(self.stored.table) << self.geometry.refcount_block_bits
+        return sorted({*self.references.chunks(), *self.stored.used_windows(bits, every)})
+
+    def _pairs(self) -> Iterator[tuple[int, RefcountArray, RefcountArray]]:
+        """(first cluster, stored, expected) for each window where they differ."""
+        for window in self._windows():
+            first = window << self.references.chunk_bits
+            stored = self.stored.window(first, self.references.chunk_size)
+            counts = self.references.chunk(window)
+            if counts is None:
+                if stored.any():
+                    yield first, stored, np.zeros_like(stored)
+            elif not np.array_equal(stored, counts):
+                yield first, stored, counts.astype(stored.dtype)
+
+    def _raise_refcounts(self, growth: _Growth) -> None:
+        for first, stored, expected in self._pairs():
+            low = stored < expected
+            self._count("refcount-too-low", Severity.CORRUPTION, int(low.sum()))
+            self._write_blocks(first, np.maximum(stored, expected), low, growth.blocks)
+
+    def _lower_refcounts(self) -> None:
+        for first, stored, expected in self._pairs():
+            high = stored > expected
+            self._count("leak", Severity.LEAK, int((high & (expected == 0)).sum()))
+            self._count("refcount-too-high", Severity.LEAK, int((high & (expected > 0)).sum()))
+            self._write_blocks(first, expected, high, {})
+
+    def _write_blocks(self, first: int, counts: RefcountArray, changed: BoolArray, new: dict[int, int]) -> None:
+        """Write the refcount blocks of a window in which a count has changed."""
+        entries = self.geometry.refcount_block_entries
+        for block in np.flatnonzero(changed.reshape(-1, entries).any(axis=1)).tolist():
+            index = (first >> self.geometry.refcount_block_bits) + block
+            host = new.get(index) or int(self.stored.block_offsets[index])
+            part = counts[block * entries : (block + 1) * entries]
+            self._write(encode_refcounts(part, self.geometry.refcount_order), host)
+
+    # -- growth
+
+    def _plan_growth(self) -> _Growth:
+        """Place what is missing; it is then counted in the expected refcounts."""
+        missing = self._missing_blocks()
+        if not missing:
+            return _Growth({}, None, 0)
+        geometry = self.geometry
+        end = max(self.found.clusters, geometry.clusters_for(self.storage.size()))  # the first cluster behind the file
+        per_cluster = geometry.cluster_size // 8
+        table_clusters = 0
+        while True:
+            stop = end + len(missing) + table_clusters
+            covering = range(end >> geometry.refcount_block_bits, ((stop - 1) >> geometry.refcount_block_bits) + 1)
+            needed = missing | {index for index in covering if not self._has_block(index)}
+            wanted = 0
+            if max(needed) >= len(self.stored.table):
+                wanted = max(table_clusters, max(needed) // per_cluster + 1)
+            if needed == missing and wanted == table_clusters:
+                break
+            missing, table_clusters = needed, wanted
+        self._require_room(stop, table_clusters)
+        places = {index: (end + number) << geometry.cluster_bits for number, index in enumerate(sorted(missing))}
+        self.references.add_run(end, stop)
+        if not table_clusters:
+            return _Growth(places, None, 0)
+        return _Growth(places, (stop - table_clusters) << geometry.cluster_bits, table_clusters * per_cluster)
+
+    def _missing_blocks(self) -> set[int]:
+        """Indices of refcount blocks that do not exist though clusters of theirs are referred to."""
+        missing: set[int] = set()
+        bits = self.geometry.refcount_block_bits
+        for window in self.references.chunks():
+            counts = self.references.chunk(window)
+            if counts is not None:
+                used = np.flatnonzero(counts.reshape(-1, 1 << bits).any(axis=1))
+                indices = used + ((window << self.references.chunk_bits) >> bits)
+                missing.update(index for index in indices.tolist() if not self._has_block(index))
+        return missing
+
+    def _has_block(self, index: int) -> bool:
+        return index < len(self.stored.table) and bool(self.stored.block_offsets[index])
+
+    def _require_room(self, stop: int, table_clusters: int) -> None:
+        too_far = stop << self.geometry.cluster_bits > MAX_HOST_OFFSET
+        if too_far or table_clusters * self.geometry.cluster_size > MAX_REFCOUNT_TABLE_SIZE:
+            raise ImageStateError("the image is too large to add the refcount blocks that it lacks")
+
+    def _swing(self, growth: _Growth) -> None:
+        """Name the new blocks: in the refcount table, or in a new one that the header then names."""
+        old = self.stored.table
+        if growth.table_offset is None:
+            for index, offset in growth.blocks.items():
+                entry = np.array([offset], dtype=ENTRY_DTYPE).tobytes()
+                self._write(entry, self.header.refcount_table_offset + 8 * index)
+            self._barrier()
+        else:
+            table: Entries = np.zeros(growth.table_entries, dtype=ENTRY_DTYPE)
+            table[: len(old)] = old
+            table[list(growth.blocks)] = list(growth.blocks.values())
+            self._write(table.tobytes(), growth.table_offset)
+            self._barrier()
+            clusters = growth.table_entries * 8 >> self.geometry.cluster_bits
+            first = self.header.refcount_table_offset >> self.geometry.cluster_bits
+            old_clusters = (first, first + self.header.refcount_table_clusters)
+            self._write_header(
+                replace(self.header, refcount_table_offset=growth.table_offset, refcount_table_clusters=clusters)
+            )
+            self._barrier()
+            self.references.remove_run(*old_clusters)
+        self.stored = StoredRefcounts(self.storage, self.header)
+
+    # -- COPIED
+
+    def _fix_copied(self, ones: Ones, *, set_flag: bool) -> None:
+        """Set the flags that are missing, or clear those that must not be, in the active L1 table and its L2 tables."""
+        mapping = self.found.mapping
+        l1 = mapping.l1.copy()
+        self._flip(l1, wrong_l1_entries(self.header, mapping, ones), set_flag, 1, self.header.l1_table_offset)
+        step = 2 if self.geometry.extended_l2 else 1
+        for batch in wrong_l2_tables(self.storage, self.header, mapping, ones):
+            for words, wrong, host in zip(batch.words, batch.wrong, batch.host_offset.tolist(), strict=True):
+                self._flip(words, wrong, set_flag, step, host)
+
+    def _flip(self, words: Entries, wrong: BoolArray, set_flag: bool, step: int, host: int) -> None:
+        """Flip the wrong flags of one table (of one kind), and write from the first to the last changed entry."""
+        chosen = np.flatnonzero(wrong & (flagged(words[::step], OFLAG_COPIED) != set_flag)) * step
+        if not len(chosen):
+            return
+        words[chosen] = words[chosen].astype(np.uint64) ^ np.uint64(OFLAG_COPIED)
+        self._count("copied-flag-wrong", Severity.CORRUPTION, len(chosen))
+        first, last = int(chosen[0]), int(chosen[-1])
+        self._write(words[first : last + 1].tobytes(), host + 8 * first)
+
+    # -- writing
+
+    def _count(self, code: str, severity: Severity, number: int) -> None:
+        if number:
+            self.healed[code, severity] += number
+
+    def _write(self, data: bytes, offset: int) -> None:
+        self.storage.pwrite(data, offset)
+        self.changed = True
+
+    def _write_header(self, header: Header) -> None:
+        """One write of the first sector, which holds all fields that change."""
+        self._write(header.build()[:_SECTOR], 0)
+        self.header = header
+
+    def _barrier(self) -> None:
+        if self.changed:
+            self.storage.flush()
+            self.changed = False
