@@ -1,1 +1,129 @@
-"""qcowlib: read, write and snapshot qcow2 disk images."""
+"""qcowlib: read, write and snapshot qcow2 disk images.
+
+    import qcowlib
+
+    with qcowlib.open_image("disk.qcow2", policy=qcowlib.LocalFiles()) as image:
+        print(image.size, [snapshot.name for snapshot in image.snapshots])
+        boot_sector = image.read(0, 512)
+
+The names below are what other programs may rely on. They are loaded at first use, so that `import qcowlib` costs
+nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qcowlib.errors import (
+        ChainError,
+        CorruptMetadata,
+        EncryptionError,
+        FormatError,
+        ImageLocked,
+        ImageStateError,
+        MissingDependency,
+        NoSuchSnapshot,
+        OptionError,
+        OutOfRange,
+        QcowError,
+        ReferenceDenied,
+        SnapshotError,
+        StorageError,
+        UnsupportedFeature,
+    )
+    from qcowlib.extents import Extent, ExtentKind, ExtentTable
+    from qcowlib.findings import CheckReport, Finding, Severity
+    from qcowlib.image.creation import create_image, create_overlay
+    from qcowlib.image.interface import BlockImage, WritableBlockImage
+    from qcowlib.image.opening import open_image
+    from qcowlib.image.policy import ConfinedTo, DenyReferences, LocalFiles, OpenPolicy
+    from qcowlib.image.probe import probe_format
+    from qcowlib.operations.check import check
+    from qcowlib.operations.convert import convert
+    from qcowlib.operations.map import MapRow, map_image
+    from qcowlib.operations.snapshots import apply_snapshot, create_snapshot, delete_snapshot
+    from qcowlib.storage.buffer import BytesStorage
+    from qcowlib.storage.protocol import ReadStorage, Storage
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BlockImage",
+    "BytesStorage",
+    "ChainError",
+    "CheckReport",
+    "ConfinedTo",
+    "CorruptMetadata",
+    "DenyReferences",
+    "EncryptionError",
+    "Extent",
+    "ExtentKind",
+    "ExtentTable",
+    "Finding",
+    "FormatError",
+    "ImageLocked",
+    "ImageStateError",
+    "LocalFiles",
+    "MapRow",
+    "MissingDependency",
+    "NoSuchSnapshot",
+    "OpenPolicy",
+    "OptionError",
+    "OutOfRange",
+    "QcowError",
+    "ReadStorage",
+    "ReferenceDenied",
+    "Severity",
+    "SnapshotError",
+    "Storage",
+    "StorageError",
+    "UnsupportedFeature",
+    "WritableBlockImage",
+    "apply_snapshot",
+    "check",
+    "convert",
+    "create_image",
+    "create_overlay",
+    "create_snapshot",
+    "delete_snapshot",
+    "map_image",
+    "open_image",
+    "probe_format",
+]
+
+_MODULES = {
+    "qcowlib.errors": (
+        "ChainError", "CorruptMetadata", "EncryptionError", "FormatError", "ImageLocked", "ImageStateError",
+        "MissingDependency", "NoSuchSnapshot", "OptionError", "OutOfRange", "QcowError", "ReferenceDenied",
+        "SnapshotError", "StorageError", "UnsupportedFeature",
+    ),
+    "qcowlib.extents": ("Extent", "ExtentKind", "ExtentTable"),
+    "qcowlib.findings": ("CheckReport", "Finding", "Severity"),
+    "qcowlib.image.creation": ("create_image", "create_overlay"),
+    "qcowlib.image.interface": ("BlockImage", "WritableBlockImage"),
+    "qcowlib.image.opening": ("open_image",),
+    "qcowlib.image.policy": ("ConfinedTo", "DenyReferences", "LocalFiles", "OpenPolicy"),
+    "qcowlib.image.probe": ("probe_format",),
+    "qcowlib.operations.check": ("check",),
+    "qcowlib.operations.convert": ("convert",),
+    "qcowlib.operations.map": ("MapRow", "map_image"),
+    "qcowlib.operations.snapshots": ("apply_snapshot", "create_snapshot", "delete_snapshot"),
+    "qcowlib.storage.buffer": ("BytesStorage",),
+    "qcowlib.storage.protocol": ("ReadStorage", "Storage"),
+}  # fmt: skip
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - any public name
+    module = _MODULE_OF.get(name)
+    if module is None:
+        raise AttributeError(f"module 'qcowlib' has no attribute '{name}'")
+    value = getattr(importlib.import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import islice
+from typing import NoReturn
 
-from qcowlib.errors import ChainError, OutOfRange
+from qcowlib.errors import ChainError, NoSuchSnapshot, OutOfRange
 from qcowlib.extents import ExtentKind, ExtentTable
 from qcowlib.format.bitmap_directory import BitmapEntry
 from qcowlib.format.snapshot_table import SnapshotEntry
@@ -116,6 +117,10 @@ class RawImage(ReadableImage):
     def bitmaps(self) -> list[BitmapEntry]:
         """None: the format has no bitmaps."""
         return []
+
+    def open_snapshot(self, id_or_name: str) -> NoReturn:
+        """Raise `NoSuchSnapshot`: the format has no snapshots."""
+        raise NoSuchSnapshot(f"Can't find snapshot '{id_or_name}': a raw image has none")
 
     @property
     def data_storage(self) -> ReadStorage:

@@ -93,6 +93,10 @@ class ImageStream(io.RawIOBase):
             self._position += length
         return length
 
+    def write(self, data: object) -> int:  # noqa: ARG002 - every Python file object has this method
+        """Raise `io.UnsupportedOperation`: the stream is read-only."""
+        raise io.UnsupportedOperation("not writable")
+
     def _refuse_closed(self) -> None:
         if self.closed:
             raise ValueError("I/O operation on closed file")  # what every Python file object raises
