@@ -61,7 +61,7 @@ class WritableQcow2Image(Qcow2Image):
             self.transaction,
             GuestAccess(
                 read=self._read_for_copy,
-                store=self._store,
+                store=self.store,
                 alignment=SECTOR_SIZE if cipher is not None else 1,
                 has_backing=state.header.backing_file is not None,
             ),
@@ -150,6 +150,18 @@ class WritableQcow2Image(Qcow2Image):
             finally:
                 self.state.tables.clear()
 
+    def store(self, host: int, guest: int, data: bytes | memoryview) -> None:
+        """Write bytes of a guest cluster to their host offset, encrypted if the image is; for operations.
+
+        Args:
+            host: host offset in bytes; a multiple of 512 in an encrypted image, as the length.
+            guest: guest offset of the same bytes.
+            data: the plain bytes.
+        """
+        if self.cipher is not None:
+            data = self.cipher.encrypt(data, guest if self.cipher.by_guest_offset else host)
+        self._data_storage.pwrite(data, host)
+
     def flush(self) -> None:
         """Barrier: everything written before is durable when it returns.
 
@@ -210,11 +222,6 @@ class WritableQcow2Image(Qcow2Image):
         if inside:
             read_pieces(self, offset, memoryview(buffer)[:inside], fresh=True)
         return bytes(buffer)
-
-    def _store(self, host: int, guest: int, data: bytes | memoryview) -> None:
-        if self.cipher is not None:
-            data = self.cipher.encrypt(data, guest if self.cipher.by_guest_offset else host)
-        self._data_storage.pwrite(data, host)
 
     def _link_packed(self, guest: int, packed: bytes) -> None:
         """Put compressed bytes behind the last ones, sharing their cluster, and let the L2 entry name them."""

@@ -1,4 +1,4 @@
-"""Internal snapshots: create, apply (revert to), delete.
+"""Internal snapshots: create, apply (revert to), delete, give a vm state.
 
     create   FILL  copy of the L1 table, +1 on its tree, COPIED cleared, new snapshot table
              LINK  header                                   RELEASE  old snapshot table
@@ -39,6 +39,7 @@ from qcowlib.metadata.trees import (
     set_copied,
     subtract_references,
 )
+from qcowlib.metadata.vmstate import ByteStream, store_vmstate
 
 _UNCOPIED = np.uint64(~OFLAG_COPIED & (1 << 64) - 1)
 
@@ -50,7 +51,7 @@ def create_snapshot(
     date_ns: int | None = None,
     vm_clock_ns: int = 0,
     icount: int = 0,
-    vm_state_size: int = 0,
+    vmstate: ByteStream | None = None,
 ) -> SnapshotEntry:
     """Take an internal snapshot of the active layer.
 
@@ -64,7 +65,7 @@ def create_snapshot(
         date_ns: when it was taken, in nanoseconds since 1970; None means now.
         vm_clock_ns: the guest's clock in nanoseconds.
         icount: instructions executed.
-        vm_state_size: bytes of vm state that lie behind the disk in the active layer's mapping.
+        vmstate: a file object with the vm state to keep (a QEMU migration stream); it is read to its end.
 
     Returns: the new entry of the snapshot table.
 
@@ -78,24 +79,30 @@ def create_snapshot(
         moment = time.time_ns() if date_ns is None else date_ns
         entry = SnapshotEntry(
             l1_table_offset=0,
-            l1_size=len(state.l1),
+            l1_size=0,
             id=_next_id(state.snapshots),
             name=name,
             date_sec=moment // 10**9,
             date_nsec=moment % 10**9,
             vm_clock_nsec=vm_clock_ns,
-            vm_state_size=vm_state_size,
+            vm_state_size=0,
             disk_size=state.header.size,
             icount=icount,
         )
         _require_fits([*state.snapshots, entry])
-        counts = count_tree(state, state.l1)
+        # What lies behind the disk is the vm state of a snapshot that was applied once: not this snapshot's.
+        disk = state.l1[: state.geometry.l1_entries_for(state.header.size)]
+        counts = count_tree(state, disk)
         require_room(transaction.refcounts, counts, 1)
         with transaction.direct_writes():
-            entry = replace(entry, l1_table_offset=_write_l1_copy(transaction, state.l1 & _UNCOPIED))
+            l1 = disk & _UNCOPIED
+            if vmstate is not None:
+                extra, length = store_vmstate(transaction, vmstate, state.header.size, image.store)
+                l1, entry = np.concatenate((l1, extra)), replace(entry, vm_state_size=length)
+            entry = replace(entry, l1_table_offset=_write_l1_copy(transaction, l1), l1_size=len(l1))
             _write_table(transaction, [*state.snapshots, entry])
             add_references(transaction.refcounts, counts)
-            clear_copied(state, transaction.storage, state.l1)
+            clear_copied(state, transaction.storage, disk)
             _write_active_l1(transaction)
         transaction.commit()
         state.snapshots = [*state.snapshots, entry]
@@ -172,6 +179,51 @@ def delete_snapshot(image: WritableQcow2Image, snapshot: str | SnapshotEntry) ->
             _release_tree(transaction, counts)
             set_copied(state, transaction.storage, transaction.refcounts, state.l1)
             _write_active_l1(transaction)
+
+
+def attach_vmstate(image: WritableQcow2Image, snapshot: str | SnapshotEntry, vmstate: ByteStream) -> SnapshotEntry:
+    """Give a snapshot that has no vm state one.
+
+    Args:
+        snapshot: id, or else name; or an entry of `image.snapshots`.
+        vmstate: a file object with the vm state (a QEMU migration stream); it is read to its end.
+
+    Returns: the changed entry of the snapshot table.
+
+    Raises:
+        NoSuchSnapshot: there is none.
+        SnapshotError: it has a vm state already, or the vm state is too large. Nothing was changed.
+    """
+    with image.exclusive() as transaction:
+        state, bits = image.state, image.state.geometry.cluster_bits
+        entry = _find(image, snapshot)
+        if entry.vm_state_size:
+            raise SnapshotError(f"the snapshot '{entry.name}' has a vm state already")
+        old = state.snapshot_mapping(entry).l1
+        size = state.header.size if entry.disk_size is None else entry.disk_size
+        disk = np.zeros(state.geometry.l1_entries_for(size), dtype=ENTRY_DTYPE)
+        disk[: len(old)] = old[: len(disk)]
+        if old[len(disk) :].any():
+            raise SnapshotError(f"the mapping of the snapshot '{entry.name}' goes on behind its disk")
+        with transaction.direct_writes():
+            extra, length = store_vmstate(transaction, vmstate, size, image.store)
+            l1 = np.concatenate((disk, extra))
+            offset = _write_l1_copy(transaction, l1)
+            new = replace(
+                entry,
+                l1_table_offset=offset,
+                l1_size=len(l1),
+                vm_state_size=length,
+                disk_size=size,
+                vm_state_size_32=None,
+            )
+            rest = [new if other is entry else other for other in state.snapshots]
+            _write_table(transaction, rest)
+            if len(old):
+                transaction.release(entry.l1_table_offset >> bits, state.geometry.clusters_for(len(old) * 8))
+        transaction.commit()
+        state.snapshots = rest
+        return new
 
 
 def _require_possible(image: WritableQcow2Image) -> None:
