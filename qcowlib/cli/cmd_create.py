@@ -68,6 +68,7 @@ def _create(
     from qcowlib.image.creation import create_image
 
     require_creatable(image_format)
+    path = _local_path(filename)
     values = parse_creation_options(image_format, option_text)
     if size is not None:
         if "size" in values:
@@ -81,7 +82,7 @@ def _create(
         print(formatting_line(filename, image_format, values), flush=True)
     options: dict[str, Any] = library_options(values, secrets)
     create_image(
-        filename,
+        path,
         int(values["size"]),
         format=image_format,
         backing_file=values.get("backing_file"),
@@ -89,6 +90,18 @@ def _create(
         check_backing=False,
         **options,
     )
+
+
+def _local_path(filename: str) -> str:
+    """The path of a file name that may begin with "file:"."""
+    from qcowlib.image.references import has_protocol
+
+    protocol, _, path = filename.partition(":")
+    if not has_protocol(filename):
+        return filename
+    if protocol != "file":
+        raise OptionError(f"Unknown protocol '{protocol}'")
+    return path
 
 
 def _add_backing(arguments: Arguments, image_format: str, values: dict[str, str]) -> None:
@@ -131,8 +144,8 @@ def _look_at_backing(filename: str, backing: str, backing_format: str | None) ->
     from qcowlib.image.opening import open_image
     from qcowlib.operations.info import full_backing_filename
 
-    name = ImageName.of_file(full_backing_filename(backing, filename), backing_format)
     try:
+        name = ImageName.of_file(full_backing_filename(backing, filename), backing_format)
         with open_image(name.reference, force_share=True, open_backing=False) as image:
             return image.format, image.size
     except QcowError as error:

@@ -6,10 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from qcowlib.cli.common import FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, OUTPUT, CommandFailed, one_filename, wants_json
-from qcowlib.cli.opening import ImageName, image_name, open_image_name
+from qcowlib.cli.opening import ImageName, image_name, not_opened, open_image_name
 from qcowlib.cli.options import Arguments, Option, Syntax
 from qcowlib.cli.qapi import Value, dumps, ordered
 from qcowlib.cli.snapshot_text import print_snapshot_table, snapshot_members
+from qcowlib.errors import QcowError
 from qcowlib.units import format_size
 
 if TYPE_CHECKING:
@@ -61,7 +62,10 @@ def _chain_info(name: ImageName, *, force_share: bool, follow: bool) -> Iterator
             raise CommandFailed(f"Backing file '{name.text}' creates an infinite loop.")
         seen.add(name.text)
         with open_image_name(name, force_share=force_share, open_backing=False) as image:
-            info = image_info(image, name.shown)
+            try:
+                info = image_info(image, name.shown)
+            except QcowError as error:  # a damaged snapshot table or bitmap directory
+                raise not_opened(name, error) from error
         yield info
         if not follow or info.full_backing_filename is None:
             return

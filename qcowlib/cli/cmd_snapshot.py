@@ -11,19 +11,19 @@ from qcowlib.errors import NoSuchSnapshot, QcowError
 
 SYNTAX = Syntax(
     "snapshot",
-    "[--object OBJECT] [--image-opts] [-U] [-q] [-l [--output=OFMT] | -a SNAPSHOT | -c NAME | -d SNAPSHOT] FILENAME",
+    "[--object OBJECT] [--image-opts] [-U] [-q] [-l [--output=OFMT] | -a SNAPSHOT | -c NAME | -d NAME] FILENAME",
     (
         Option("list", "l", "", None, "list the snapshots; times are local"),
         Option("apply", "a", "", "SNAPSHOT", "make the disk what it was, size included; SNAPSHOT is an id or a name"),
         Option("create", "c", "", "NAME", "keep the present state of the disk under a name"),
-        Option("delete", "d", "", "SNAPSHOT", "delete a snapshot and give its space back to the image"),
+        Option("delete", "d", "", "NAME", "delete the first snapshot of this name and give its space back to the image"),
         OUTPUT,
         QUIET,
         OBJECT,
         IMAGE_OPTS,
         FORCE_SHARE,
     ),
-    "The backing file is not opened. An id wins over a name.\nExit codes: 0 done, 1 not done and nothing changed.",
+    "The backing file is not opened. For -a an id wins over a name.\nExit codes: 0 done, 1 not done and nothing changed.",
 )
 
 _ACTIONS = ("list", "apply", "create", "delete")
@@ -59,14 +59,19 @@ def _list(arguments: Arguments, filename: str, as_json: bool, *, show: bool) -> 
 
 def _change(arguments: Arguments, filename: str, action: str, snapshot: str) -> int:
     with open_image_name_for_writing(image_name(arguments, filename), open_backing=False) as image:
+        from qcowlib.image.qcow2 import find_snapshot
         from qcowlib.image.writable import WritableQcow2Image
         from qcowlib.operations.snapshots import apply_snapshot, create_snapshot, delete_snapshot
 
         if not isinstance(image, WritableQcow2Image):
             raise CommandFailed(f"Could not {action} snapshot '{snapshot}': {_UNSUPPORTED[action]}")
-        operation = {"create": create_snapshot, "apply": apply_snapshot, "delete": delete_snapshot}[action]
         try:
-            operation(image, snapshot)
+            if action == "create":
+                create_snapshot(image, snapshot)
+            elif action == "apply":
+                apply_snapshot(image, snapshot)
+            else:
+                delete_snapshot(image, find_snapshot(image.snapshots, name=snapshot))  # by name alone, as qemu-img
         except NoSuchSnapshot:
             raise CommandFailed(f"Could not {action} snapshot '{snapshot}': {_MISSING[action]}") from None
         except QcowError as error:

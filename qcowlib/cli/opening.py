@@ -8,10 +8,9 @@ Failures are told as qemu-img does: Could not open 'FILENAME as given': reason.
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, NamedTuple
 
-from qcowlib.cli.common import CommandFailed
+from qcowlib.cli.common import CommandFailed, program_name, report
 from qcowlib.cli.options import Arguments, parse_key_values
 from qcowlib.cli.qapi import Value, dumps
 from qcowlib.cli.secrets import read_secrets
@@ -53,18 +52,17 @@ class ImageName(NamedTuple):
         return _parsed(text, text, image_format, {})
 
 
-def image_name(arguments: Arguments, text: str, option: str = "format") -> ImageName:
+def image_name(arguments: Arguments, text: str) -> ImageName:
     """An image named on the command line, with the options that say how to open it.
 
     Args:
-        arguments: --object, --image-opts and the format are taken from here.
+        arguments: --object, --image-opts and --format are taken from here.
         text: the file name, or the list of options with --image-opts.
-        option: name of the option that holds the format.
 
     Raises:
         CommandFailed: the name or the options cannot be used.
     """
-    image_format = arguments.last(option)
+    image_format = arguments.last("format")
     secrets = read_secrets(arguments)
     if not arguments.has("image-opts"):
         return _parsed(text, text, image_format, secrets)
@@ -103,7 +101,7 @@ def open_image_name(name: ImageName, *, force_share: bool, open_backing: bool) -
     from qcowlib.image.policy import LocalFiles
 
     try:
-        return open_image(
+        image = open_image(
             name.reference,
             policy=LocalFiles(),
             force_share=force_share,
@@ -111,7 +109,9 @@ def open_image_name(name: ImageName, *, force_share: bool, open_backing: bool) -
             open_backing=open_backing,
         )
     except QcowError as error:
-        raise _not_opened(name, error) from error
+        raise not_opened(name, error) from error
+    _warn_of_stale_bitmaps(image)
+    return image
 
 
 def open_image_name_for_writing(name: ImageName, *, open_backing: bool) -> WritableQcow2Image | WritableRawImage:
@@ -120,7 +120,7 @@ def open_image_name_for_writing(name: ImageName, *, open_backing: bool) -> Writa
     from qcowlib.image.policy import LocalFiles
 
     try:
-        image = open_image(
+        return open_image(
             name.reference,
             writable=True,
             policy=LocalFiles(),
@@ -128,19 +128,31 @@ def open_image_name_for_writing(name: ImageName, *, open_backing: bool) -> Writa
             open_backing=open_backing,
         )
     except QcowError as error:
-        raise _not_opened(name, error) from error
-    if image.format == "raw" and name.reference.format is None:
-        print(
-            f"WARNING: Image format was not specified for '{name.text}' and probing guessed raw.\n"
-            "         Automatically detecting the format is dangerous for raw images, "
-            "write operations on block 0 will be restricted.\n"
-            "         Specify the 'raw' format explicitly to remove the restrictions.",
-            file=sys.stderr,
-        )
-    return image
+        raise not_opened(name, error) from error
 
 
-def _not_opened(name: ImageName, error: QcowError) -> CommandFailed:
+def _warn_of_stale_bitmaps(image: Qcow2Image | RawImage) -> None:
+    from qcowlib.format.constants import EXTENSION_BITMAPS
+    from qcowlib.format.features import Autoclear
+    from qcowlib.image.raw import RawImage
+
+    if isinstance(image, RawImage):
+        return
+    header = image.header
+    if header.extension(EXTENSION_BITMAPS) is None or header.autoclear_features & Autoclear.BITMAPS:
+        return
+    reason = (
+        "a program lacking bitmap support modified this file, so all bitmaps are now considered inconsistent"
+        if header.version >= 3
+        else "This qcow2 v2 image contains bitmaps, but they may have been modified by a program without persistent "
+        "bitmap support; so now they must all be considered inconsistent"
+    )
+    hint = f"Some clusters may be leaked, run '{program_name()} check -r' on the image file to fix."
+    report(f"warning: {reason}\n{hint}", end="")
+
+
+def not_opened(name: ImageName, error: QcowError) -> CommandFailed:
+    """The message for an image that cannot be opened."""
     return CommandFailed(f"Could not open '{name.text}': {error}", repeat=False)
 
 
@@ -167,7 +179,8 @@ def _parsed(text: str, name: str, image_format: str | None, secrets: dict[str, b
         raise CommandFailed(f"Could not open '{text}': No secret with id '{missing}'")
     key_secret = next(iter(key_secrets), None)
     passphrase = None if key_secret is None else secrets[key_secret]
-    return ImageName(text, _shown(reference, key_secret), reference, passphrase)
+    shown = _shown(reference, key_secret, as_texts=not text.startswith("json:"))
+    return ImageName(text, shown, reference, passphrase)
 
 
 def _key_secrets(name: str) -> set[str]:
@@ -186,14 +199,21 @@ def _key_secrets(name: str) -> set[str]:
     return found
 
 
-def _shown(reference: Reference, key_secret: str | None) -> str:
-    """The path, or driver options as JSON where the path alone does not say what is opened."""
+def _shown(reference: Reference, key_secret: str | None, *, as_texts: bool) -> str:
+    """The path, or driver options as JSON where the path alone does not say what is opened.
+
+    Args:
+        reference: what is opened.
+        key_secret: id of the secret with the passphrase.
+        as_texts: numbers came as texts, from an option list, and are shown as such.
+    """
     described: dict[str, Value] = {"driver": "file", "filename": reference.path}
     plain = True
     for window in reference.windows:
-        described = {"driver": "raw", "offset": str(window.offset), "file": described}
+        described = {"driver": "raw", "file": described}
+        described["offset"] = str(window.offset) if as_texts else window.offset
         if window.size is not None:
-            described["size"] = str(window.size)
+            described["size"] = str(window.size) if as_texts else window.size
         plain = False
     if key_secret is not None:
         described = {"driver": reference.format or "qcow2", "encrypt.key-secret": key_secret, "file": described}

@@ -125,9 +125,12 @@ def full_backing_filename(backing: str, image_path: str) -> str:
 
 
 def _qcow2_info(state: Qcow2State) -> Qcow2Info:
+    from qcowlib.format.bitmap_directory import check_bitmap_entry
     from qcowlib.format.features import Compatible
 
     header = state.header
+    for entry in state.bitmaps:
+        check_bitmap_entry(entry, state.geometry.cluster_size, header.size)
     return Qcow2Info(
         version=header.version,
         compression_type=_COMPRESSION_TYPES[header.compression_type],

@@ -1,0 +1,1 @@
+"""Tests of the command qcow, side by side with the stock qemu-img."""
