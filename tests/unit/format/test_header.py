@@ -340,6 +340,22 @@ def test_unknown_bytes_survive_a_change_of_other_fields(plain_image: bytes) -> N
     assert moved.build()[512:] == data[512:]
 
 
+def test_a_backing_name_may_start_in_the_padding(plain_image: bytes, tmp_path: Path) -> None:
+    area = extension_bytes(0x12345678, b"12345")[:-3]
+    data = patched(plain_image, backing_file_offset=112 + len(area), backing_file_size=8)
+    data = data[:112] + area + b"base.raw" + data[120 + len(area) :]
+    path = tmp_path / "unpadded.qcow2"
+    path.write_bytes(data)
+    assert image_info(path)["backing-filename"] == "base.raw"
+    header = parse_header(data)
+    assert header.backing_file == "base.raw"
+    assert header.build() == data[: 120 + len(area)]
+    # Laid out afresh, the name makes room for the padding.
+    assert dataclasses.replace(header, layout=None).build() == data[:8] + struct.pack(">QI", 136, 8) + data[20:112] + (
+        area + bytes(3) + bytes(8) + b"base.raw"
+    )
+
+
 def test_a_new_layout_is_laid_out_as_qemu_does(tmp_path: Path) -> None:
     path = create_rich(tmp_path)
     data = bytearray(path.read_bytes())

@@ -69,9 +69,12 @@ def test_extra_data_of_any_length(extra: bytes, size_32: int, expected: tuple[in
 
 
 def test_a_new_entry_has_the_extra_data_that_qemu_writes() -> None:
-    entry = SnapshotEntry(0x30000, 7, "1", "n", 1_700_000_000, 999, 1 << 40, vm_state_size=5 << 32, disk_size=1 << 30)
-    extra = struct.pack(">QQQ", 5 << 32, 1 << 30, 2**64 - 1)
+    entry = SnapshotEntry(
+        0x30000, 7, "1", "n", 1_700_000_000, 999, 1 << 40, vm_state_size=(5 << 32) + 7, disk_size=1 << 30
+    )
+    extra = struct.pack(">QQQ", (5 << 32) + 7, 1 << 30, 2**64 - 1)
     assert build_snapshot_table([entry]) == entry_bytes(extra=extra, size_32=0)
+    # The 32-bit field is 0 then: an old reader must see no VM state rather than a cut one.
     small = dataclasses.replace(entry, vm_state_size=5, icount=3)
     assert build_snapshot_table([small]) == entry_bytes(extra=struct.pack(">QQQ", 5, 1 << 30, 3), size_32=5)
 
