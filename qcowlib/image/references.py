@@ -100,7 +100,8 @@ def backing_reference(name: str, backing_format: str | None, image_path: str) ->
 def data_file_path(name: str, image_path: str) -> str:
     """Local path of the external data file that a header names.
 
-    The name is a plain file name by the specification; nothing in it is interpreted.
+    The name is a plain file name by the specification; nothing in it is interpreted. As for QEMU, a relative one
+    starts at the process's directory. Only where there is no such file, one beside the image is taken.
 
     Raises:
         ChainError: the name could only be meant as a URL or as a description.
@@ -108,9 +109,8 @@ def data_file_path(name: str, image_path: str) -> str:
     _refuse_nul(name)
     if name.startswith("json:") or has_protocol(name):
         raise ChainError(f"the data file name '{name}' is not a plain file name and is not opened")
-    if not name.startswith("/") and not image_path:
-        raise ChainError(f"the relative data file name '{name}' cannot be used: the image that names it has no path")
-    return os.path.join(os.path.dirname(image_path), name)
+    beside = os.path.join(os.path.dirname(image_path), name)
+    return beside if not os.path.lexists(name) and os.path.lexists(beside) else name
 
 
 def parse_image_name(name: str) -> Reference:

@@ -1,6 +1,7 @@
 """Names in headers: what they stand for, and what is refused."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -130,12 +131,17 @@ def test_a_data_file_name_is_never_interpreted(name: str) -> None:
         data_file_path(name, "/vm/disk.qcow2")
 
 
-def test_data_file_names() -> None:
-    assert data_file_path("disk.data", "/vm/disk.qcow2") == "/vm/disk.data"
-    assert data_file_path("/data/d", "/vm/disk.qcow2") == "/data/d"
-    assert data_file_path("./a:b", "disk.qcow2") == "./a:b"
-    with pytest.raises(ChainError, match="has no path"):
-        data_file_path("disk.data", "")
+def test_data_file_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative name starts at the process's directory, as for QEMU; beside the image is the second place."""
+    (tmp_path / "images").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert data_file_path("/data/d", "images/disk.qcow2") == "/data/d"
+    assert data_file_path("./a:b", "images/disk.qcow2") == "./a:b"
+    assert data_file_path("disk.data", "images/disk.qcow2") == "disk.data"
+    (tmp_path / "images" / "disk.data").touch()
+    assert data_file_path("disk.data", "images/disk.qcow2") == "images/disk.data"
+    (tmp_path / "disk.data").touch()
+    assert data_file_path("disk.data", "images/disk.qcow2") == "disk.data"
 
 
 def test_user_names() -> None:
