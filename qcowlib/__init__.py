@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from qcowlib.operations.check import check
     from qcowlib.operations.convert import convert
     from qcowlib.operations.map import MapRow, map_image
-    from qcowlib.operations.snapshots import apply_snapshot, create_snapshot, delete_snapshot
+    from qcowlib.operations.snapshots import apply_snapshot, attach_vmstate, create_snapshot, delete_snapshot
     from qcowlib.storage.buffer import BytesStorage
     from qcowlib.storage.protocol import ReadStorage, Storage
 
@@ -82,6 +82,7 @@ __all__ = [
     "UnsupportedFeature",
     "WritableBlockImage",
     "apply_snapshot",
+    "attach_vmstate",
     "check",
     "convert",
     "create_image",
@@ -109,7 +110,7 @@ _MODULES = {
     "qcowlib.operations.check": ("check",),
     "qcowlib.operations.convert": ("convert",),
     "qcowlib.operations.map": ("MapRow", "map_image"),
-    "qcowlib.operations.snapshots": ("apply_snapshot", "create_snapshot", "delete_snapshot"),
+    "qcowlib.operations.snapshots": ("apply_snapshot", "attach_vmstate", "create_snapshot", "delete_snapshot"),
     "qcowlib.storage.buffer": ("BytesStorage",),
     "qcowlib.storage.protocol": ("ReadStorage", "Storage"),
 }  # fmt: skip
