@@ -151,8 +151,6 @@ BITMAPS_EXTENSION = Record(
 )
 CRYPTO_EXTENSION = Record({"offset": c.Int64ub, "length": c.Int64ub})
 
-# A field of the snapshot's extra data; how many of them there are differs from entry to entry.
-SNAPSHOT_EXTRA_FIELD = Record({"value": c.Int64ub})
 SNAPSHOT_HEADER = Record(
     {
         "l1_table_offset": c.Int64ub,

@@ -20,7 +20,7 @@ from qcowlib.format.constants import (
 )
 from qcowlib.format.header import Header
 from qcowlib.format.header_rules import check_snapshot_table_place
-from qcowlib.format.records import SNAPSHOT_EXTRA_FIELD, SNAPSHOT_HEADER, decode_text, encode_text
+from qcowlib.format.records import SNAPSHOT_HEADER, decode_text, encode_text
 
 _ENTRY = "snapshot table entry"
 _CHUNK = 64 << 10
@@ -110,7 +110,9 @@ class SnapshotEntry:
 
 
 def _field(value: int) -> bytes:
-    return SNAPSHOT_EXTRA_FIELD.build({"value": value}, _ENTRY)
+    if not 0 <= value < 1 << 64:
+        raise FormatError(_ENTRY, None, f"{value} does not fit into 64 bits")
+    return value.to_bytes(8, "big")
 
 
 def _derived_size_32(vm_state_size: int) -> int:
