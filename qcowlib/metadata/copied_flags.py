@@ -119,13 +119,14 @@ def _suspects(header: Header, mapping: MappingCount, ones: Ones) -> Int64Array:
     """Tables of the active layer that are not known to be right."""
     tables = mapping.tables
     suspect = (tables.active_uses > 0) & ~tables.empty & (tables.host_offset != 0)
-    for place in np.flatnonzero(suspect & (tables.run_first >= 0)).tolist():
-        copied = bool(tables.run_copied[place])
-        if header.has_data_file:
-            suspect[place] = not copied
-        else:
-            first = int(tables.run_first[place])
-            suspect[place] = not ones.run_is(first, first + header.geometry.l2_entries, copied)
+    runs = np.flatnonzero(suspect & (tables.run_first >= 0))
+    if header.has_data_file:
+        suspect[runs] = ~tables.run_copied[runs]
+    else:
+        length = header.geometry.l2_entries
+        columns = (runs.tolist(), tables.run_first[runs].tolist(), tables.run_copied[runs].tolist())
+        for place, first, copied in zip(*columns, strict=True):
+            suspect[place] = not ones.run_is(first, first + length, copied)
     return np.flatnonzero(suspect)
 
 

@@ -97,56 +97,77 @@ class L2Scan:
 
 
 def scan_tables(words: Entries, rules: ScanRules, detail: int) -> L2Scan:
-    """Scan L2 tables.
+    """Scan one batch of L2 tables (see `TableScanner.scan`)."""
+    return TableScanner(rules, len(words)).scan(words, detail)
+
+
+class TableScanner:
+    """Scans batches of L2 tables, with working space that is allocated once.
 
     Args:
-        words: the tables as native uint64 words, one row each.
         rules: what the entries are measured by.
-        detail: problems that are wanted one by one.
+        max_tables: tables in a batch at the most.
     """
-    entries, bitmaps = split_words(words, rules.geometry)
-    rows = len(entries)
-    runs = _find_runs(entries, bitmaps, rules)
-    run_rows = np.flatnonzero(runs)
-    rest = np.flatnonzero(~runs)
-    rest = rest[words[rest].any(axis=1)]
-    zeroes = np.zeros(rows, dtype=np.int64)
-    first = entries[run_rows, 0]
-    scan = L2Scan(
-        run_rows=run_rows,
-        run_first=offsets(first) >> rules.geometry.cluster_bits,
-        run_copied=flagged(first, OFLAG_COPIED),
-        other_rows=rest,
-        clusters=np.zeros(0, dtype=np.int64),
-        allocated=runs * np.int64(rules.geometry.l2_entries),
-        compressed=zeroes,
-        fragmented=zeroes,
-    )
-    if len(rest):
-        _OtherTables(entries, bitmaps, rest, rules, scan, detail).scan()
-    return scan
 
+    def __init__(self, rules: ScanRules, max_tables: int) -> None:
+        self._rules = rules
+        steps = (max_tables, rules.geometry.l2_entries - 1)
+        self._step = np.empty(steps, dtype=np.uint64)
+        self._regular = np.empty(steps, dtype=np.bool_)
 
-def _find_runs(entries: Entries, bitmaps: Entries | None, rules: ScanRules) -> BoolArray:
-    """Which tables map one run of aligned host clusters inside the file, all with the same COPIED flag."""
-    size = rules.geometry.cluster_size
-    count = rules.geometry.l2_entries
-    first, last = entries[:, 0], entries[:, -1]
-    runs: BoolArray = (first & np.uint64(~(_RUN_FLAGS & -size) & (1 << 64) - 1)) == 0
-    runs &= last - first == np.uint64((count - 1) * size)
-    start = offsets(first)
-    if rules.has_data_file:
-        runs &= flagged(first, OFLAG_COPIED)
-    else:
-        runs &= (start > 0) & (start + (count - 1) * size < rules.file_end)
-    if runs.any():
+    def scan(self, words: Entries, detail: int) -> L2Scan:
+        """Scan L2 tables.
+
+        Args:
+            words: the tables as native uint64 words, one row each.
+            detail: problems that are wanted one by one.
+        """
+        geometry = self._rules.geometry
+        entries, bitmaps = split_words(words, geometry)
+        runs = self._find_runs(entries, bitmaps)
+        run_rows = np.flatnonzero(runs)
+        rest = np.flatnonzero(~runs)
+        if len(rest):
+            rest = rest[words[rest].any(axis=1)]
+        first = entries[run_rows, 0]
+        zeroes = np.zeros(len(entries), dtype=np.int64)
+        scan = L2Scan(
+            run_rows=run_rows,
+            run_first=offsets(first) >> geometry.cluster_bits,
+            run_copied=flagged(first, OFLAG_COPIED),
+            other_rows=rest,
+            clusters=np.zeros(0, dtype=np.int64),
+            allocated=runs * np.int64(geometry.l2_entries),
+            compressed=zeroes,
+            fragmented=zeroes,
+        )
+        if len(rest):
+            _OtherTables(entries, bitmaps, rest, self._rules, scan, detail).scan()
+        return scan
+
+    def _find_runs(self, entries: Entries, bitmaps: Entries | None) -> BoolArray:
+        """Which tables map one run of aligned host clusters inside the file, all with the same COPIED flag."""
+        size, count = self._rules.geometry.cluster_size, self._rules.geometry.l2_entries
+        first, last = entries[:, 0], entries[:, -1]
+        runs: BoolArray = (first & np.uint64(~(_RUN_FLAGS & -size) & (1 << 64) - 1)) == 0
+        runs &= last - first == np.uint64((count - 1) * size)
+        if self._rules.has_data_file:
+            runs &= flagged(first, OFLAG_COPIED)
+        else:
+            start = offsets(first)
+            runs &= (start > 0) & (start + (count - 1) * size < self._rules.file_end)
+        if not runs.any():
+            return runs
         chosen: slice | Int64Array = slice(None) if runs.all() else np.flatnonzero(runs)
         table = entries[chosen]
-        runs[chosen] = (table[:, 1:] - table[:, :-1] == np.uint64(size)).all(axis=1)
+        step, regular = self._step[: len(table)], self._regular[: len(table)]
+        np.subtract(table[:, 1:], table[:, :-1], out=step)
+        np.equal(step, np.uint64(size), out=regular)
+        runs[chosen] = regular.all(axis=1)
         if bitmaps is not None:
             kinds = np.array(ClusterType.NORMAL, dtype=np.uint8)
             runs[chosen] &= ~invalid_bitmaps(kinds, bitmaps[chosen]).any(axis=1)
-    return runs
+        return runs
 
 
 class _OtherTables:

@@ -20,7 +20,7 @@ from qcowlib.format.constants import MAX_INT64, MAX_L1_ENTRIES
 from qcowlib.format.entries import ENTRY_DTYPE, L1_RESERVED, Entries, Int64Array, flagged, offsets
 from qcowlib.format.header import Header
 from qcowlib.format.snapshot_table import SnapshotEntry
-from qcowlib.metadata.l2_scan import Problem, ScanRules, beyond_text, scan_tables
+from qcowlib.metadata.l2_scan import Problem, ScanRules, TableScanner, beyond_text
 from qcowlib.metadata.ledger import Ledger
 from qcowlib.metadata.references import empty_words, read_tables
 from qcowlib.storage.helpers import read_padded
@@ -29,7 +29,7 @@ from qcowlib.storage.protocol import ReadStorage
 BoolArray = npt.NDArray[np.bool_]
 
 MAX_L1_WORK = 1 << 27  # L1 entries of all snapshots: far beyond any real image, and still within a minute
-SCAN_BYTES = 512 << 10  # a batch of L2 tables that stays in a core's second-level cache
+SCAN_BYTES = 2 << 20  # a batch of L2 tables: about a core's second-level cache, and few batches
 _MERGE_ROWS = 1 << 20  # L1 entries gathered before they are merged into the distinct tables
 _HOLE_SEARCH_BYTES = 1 << 30  # with more L2 tables than this, those in holes of the host file are told apart first
 _HARMLESS = "copied-flag-compressed"  # the one problem of an L2 entry that leaves no doubt what it refers to
@@ -120,7 +120,9 @@ class _MappingCensus:
         self.header = header
         self.geometry = ledger.geometry
         self.size = self.geometry.cluster_size
-        self.rules = ScanRules(self.geometry, header.version, header.has_data_file, ledger.file_end)
+        self.per_batch = max(1, SCAN_BYTES >> self.geometry.cluster_bits)
+        rules = ScanRules(self.geometry, header.version, header.has_data_file, ledger.file_end)
+        self.scanner = TableScanner(rules, self.per_batch)
         self.problems = _Problems()
 
     def count(self, snapshots: list[SnapshotEntry]) -> MappingCount:
@@ -196,7 +198,7 @@ class _MappingCensus:
 
     def _scan(self, tables: L2Tables, count: MappingCount) -> None:
         """Scan each table once; fills the columns of `tables` that say what it maps."""
-        per_batch = max(1, SCAN_BYTES >> self.geometry.cluster_bits)
+        per_batch = self.per_batch
         words = empty_words(per_batch, self.geometry)
         native = np.empty(words.shape, dtype=np.uint64)
         present = self._outside_holes(tables.host_offset)
@@ -212,7 +214,7 @@ class _MappingCensus:
         self, native: Entries, batch: Int64Array, times: int, tables: L2Tables, count: MappingCount
     ) -> None:
         detail = self.ledger.findings.room - self.problems.kept
-        scan = scan_tables(native, self.rules, max(0, detail))
+        scan = self.scanner.scan(native, max(0, detail))
         run_tables = batch[scan.run_rows]
         tables.run_first[run_tables] = scan.run_first
         tables.run_copied[run_tables] = scan.run_copied

@@ -1,6 +1,6 @@
 """How often each host cluster is referred to: counters for all clusters of a file, of which few may be in use.
 
-Counters live in chunks of 2^20 clusters or one refcount block, whichever is more. A chunk is made when it is first
+Counters live in chunks of 2^22 clusters or one refcount block, whichever is more. A chunk is made when it is first
 counted in, with one byte per cluster, and widens when a count does not fit. So memory follows what is referred to, not
 the length of the (sparse, or hostile) file.
 """
@@ -18,9 +18,14 @@ from qcowlib.format.entries import Int64Array
 Counters = npt.NDArray[Any]
 """Counters of one chunk: uint8, uint16, uint32 or int64."""
 
-MIN_CHUNK_BITS = 20
+MIN_CHUNK_BITS = 20  # 4 MiB: from that size on numpy asks the host for huge pages
 DEFAULT_BUDGET = 1 << 30
-_WIDTHS = (np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.uint32), np.dtype(np.int64))
+_WIDTHS = tuple(np.dtype(width) for width in (np.uint8, np.uint16, np.uint32, np.int64))
+_LIMITS = {
+    np.dtype(width): limit
+    for width, limit in (("u1", 0xFF), ("u2", 0xFFFF), ("u4", 0xFFFF_FFFF), ("i8", (1 << 63) - 1))
+}
+_SLAB_BYTES = 16 << 20  # new chunks are cut from pieces of this size: from 4 MiB on numpy asks for huge pages
 _DENSE = 4  # a window is counted as a whole when it has at most this many clusters for each reference
 
 
@@ -40,6 +45,7 @@ class ReferenceCounts:
         self._budget = budget
         self._chunks: dict[int, Counters] = {}
         self._peaks: dict[int, int] = {}  # an upper bound of each chunk's counts
+        self._spare: list[Counters] = []
 
     @property
     def chunk_size(self) -> int:
@@ -64,7 +70,8 @@ class ReferenceCounts:
             index = first >> self.chunk_bits
             base = index << self.chunk_bits
             end = min(stop, base + self.chunk_size)
-            self._room(index, times)[first - base : end - base] += times
+            counters = self._room(index, times)[first - base : end - base]
+            counters += times
             first = end
 
     def remove_run(self, first: int, stop: int) -> None:
@@ -142,22 +149,29 @@ class ReferenceCounts:
         if chunk is None:
             chunk = self._new(index, more, None)
         peak = self._peaks[index] + more
-        if peak > np.iinfo(chunk.dtype).max:
+        if peak > _LIMITS[chunk.dtype]:
             peak = int(chunk.max()) + more
-            if peak > np.iinfo(chunk.dtype).max:
+            if peak > _LIMITS[chunk.dtype]:
                 chunk = self._new(index, peak, chunk)
         self._peaks[index] = peak
         return chunk
 
     def _new(self, index: int, peak: int, old: Counters | None) -> Counters:
-        dtype = next(width for width in _WIDTHS if peak <= np.iinfo(width).max)
+        dtype = next(width for width in _WIDTHS if peak <= _LIMITS[width])
         self._budget -= (dtype.itemsize - (old.itemsize if old is not None else 0)) << self.chunk_bits
         if self._budget < 0:
             raise ImageStateError("counting the references to its clusters would take too much memory")
-        if old is None:
-            chunk: Counters = np.zeros(self.chunk_size, dtype=dtype)
-            self._peaks[index] = 0
+        if old is not None:
+            chunk: Counters = old.astype(dtype)
         else:
-            chunk = old.astype(dtype)
+            chunk = self._zeroes() if dtype == np.uint8 else np.zeros(self.chunk_size, dtype=dtype)
+            self._peaks[index] = 0
         self._chunks[index] = chunk
         return chunk
+
+    def _zeroes(self) -> Counters:
+        """A new chunk of uint8."""
+        if not self._spare:
+            slab = np.zeros((max(1, _SLAB_BYTES >> self.chunk_bits), self.chunk_size), dtype=np.uint8)
+            self._spare = list(slab[::-1])
+        return self._spare.pop()

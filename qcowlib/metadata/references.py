@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
@@ -99,17 +98,23 @@ def read_tables(storage: ReadStorage, geometry: Geometry, host: Int64Array, into
     """
     size = geometry.cluster_size
     rows = into.view(np.uint8).reshape(-1).data
-    breaks = np.flatnonzero(np.diff(host) != size) + 1
-    bounds = [0, *breaks.tolist(), len(host)]
+    starts = np.flatnonzero(np.diff(host, prepend=-1) != size)
+    positions, firsts = host[starts].tolist(), (starts * size).tolist()
     end = storage.size()
-    for first, last in pairwise(bounds):
-        position = int(host[first]) if last > first else 0
-        for start in range(first * size, last * size, _MAX_PIECE):
-            piece = rows[start : min(start + _MAX_PIECE, last * size)]
-            got = storage.pread_into(piece, position) if position < end else 0
-            if got < len(piece):
-                np.frombuffer(piece, dtype=np.uint8)[got:] = 0
-            position += len(piece)
+    for position, first, last in zip(positions, firsts, [*firsts[1:], len(host) * size], strict=True):
+        _read_padded_into(storage, rows[first:last], position, end)
+
+
+def _read_padded_into(storage: ReadStorage, buffer: memoryview, position: int, end: int) -> None:
+    """Fill `buffer` from `position`; zeroes from `end` on, where the file ends."""
+    done = 0
+    while done < len(buffer) and position + done < end:
+        got = storage.pread_into(buffer[done : done + _MAX_PIECE], position + done)
+        if not got:
+            break
+        done += got
+    if done < len(buffer):
+        np.frombuffer(buffer, dtype=np.uint8)[done:] = 0
 
 
 def _require_sound(storage: ReadStorage, geometry: Geometry, l1: Entries, index: Int64Array, host: Int64Array) -> None:
