@@ -221,7 +221,7 @@ def test_threads_read_the_same(make: str, tmp_path: Path) -> None:
 def encrypted(path: Path, kind: str) -> list[str]:
     """Create an encrypted image; returns the qemu arguments that open it."""
     secret = ["--object", "secret,id=s,data=open sesame"]
-    options = {"luks": "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"}.get(
+    options = {"luks": "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=200"}.get(
         kind, "encrypt.format=aes,encrypt.key-secret=s"
     )
     oracle.qemu_img("create", "-q", *secret, "-f", "qcow2", "-o", options, path, str(SIZE))
