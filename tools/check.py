@@ -148,7 +148,7 @@ def make_environment(directory: Path) -> Path:
 
 
 def pip_install(python: Path, *packages: str) -> None:
-    run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-input", *packages)
+    run(python, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--no-input", *packages)
 
 
 def prepare_environment() -> Path:
@@ -205,7 +205,7 @@ def test_wheel(totals: Totals, work: Path) -> None:
     """Build the wheel and run the tests against it, in an empty environment and away from the checkout."""
     python = make_environment(work / "venv")
     pip_install(python, "--upgrade", "pip")
-    run(python, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", work, ROOT)
+    run(python, "-m", "pip", "wheel", "-qq", "--no-deps", "--wheel-dir", work, ROOT)
     (wheel,) = work.glob("*.whl")
     runners = [each for each in requirements() if each.startswith(("pytest", "hypothesis"))]
     pip_install(python, f"{wheel}[{EXTRAS}]", *runners)

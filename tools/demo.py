@@ -40,7 +40,7 @@ def set_up() -> Path:
             shutil.rmtree(ENVIRONMENT, ignore_errors=True)
             sys.exit("python3 -m venv failed; on Debian run as root: apt-get install python3-venv")
     print("installing qcowlib ...", flush=True)
-    pip: list[str | Path] = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip: list[str | Path] = [python, "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
     if subprocess.run([*pip, ROOT], check=False).returncode != 0:
         sys.exit("pip could not install the package")
     return python
