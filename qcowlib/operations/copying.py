@@ -263,7 +263,7 @@ class _Copier:
 def _nonzero_blocks(data: bytes, block: int) -> npt.NDArray[np.bool_]:
     """For each block of the data (the last may be short) whether a byte of it is not zero."""
     whole = len(data) // block
-    words = np.frombuffer(data, dtype=np.uint64, count=whole * block // 8).reshape(whole, -1)
+    words = np.frombuffer(data, dtype=np.uint64, count=whole * (block // 8)).reshape(whole, block // 8)
     used = words[:, 0] != 0 if whole else np.zeros(0, dtype=np.bool_)
     unknown = np.flatnonzero(~used)  # most blocks tell by their first word
     if len(unknown):
