@@ -29,7 +29,7 @@ Image = dict[str, Any]
 #: Formats that are read; every other one is refused by name (rule 3).
 OWN_FORMATS = ("qcow2", "raw")
 
-#: Images whose mapping is damaged (rule 2): here, and nowhere else, a refusal to read is right where the stock tool reads.
+#: Images whose mapping is damaged (rule 2): only here is a refusal to read right where the stock tool reads.
 DAMAGED_MAPPINGS = {
     "bad-comp-beyond": "a compressed cluster lies beyond the end of the file",
     "bad-head-l1-beyond": "the L1 table lies beyond the end of the file",
