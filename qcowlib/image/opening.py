@@ -13,7 +13,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, overload
 
-from qcowlib.codecs.sector_cipher import ClusterCipher
 from qcowlib.errors import (
     ChainError,
     EncryptionError,
@@ -38,6 +37,7 @@ from qcowlib.storage.local import LocalFile, from_descriptor, open_local
 from qcowlib.storage.protocol import ReadStorage, Storage
 
 if TYPE_CHECKING:
+    from qcowlib.codecs.sector_cipher import ClusterCipher
     from qcowlib.image.writable import WritableQcow2Image
 
 ImageSource = str | os.PathLike[str] | bytes | bytearray | memoryview | int | ReadStorage | Reference

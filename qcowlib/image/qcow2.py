@@ -9,9 +9,9 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 from qcowlib.codecs.compression import decompress
-from qcowlib.codecs.sector_cipher import ClusterCipher
 from qcowlib.errors import ChainError, CorruptMetadata, NoSuchSnapshot, OptionError
 from qcowlib.extents import ExtentKind, ExtentTable
 from qcowlib.format.bitmap_directory import BitmapEntry, check_bitmap_entry
@@ -20,6 +20,9 @@ from qcowlib.format.snapshot_table import SnapshotEntry, parse_snapshot_table
 from qcowlib.image.reader import ReadableImage, zero_fill
 from qcowlib.metadata.mapping import ClusterMapping
 from qcowlib.metadata.state import Qcow2State
+
+if TYPE_CHECKING:
+    from qcowlib.codecs.sector_cipher import ClusterCipher
 
 SECTOR_SIZE = 512
 _DECRYPT_PIECE = 1 << 20

@@ -158,7 +158,10 @@ class RawImage(ReadableImage):
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes at `offset`."""
         self._require_inside(offset, length)
-        return self.storage.pread(length, offset).ljust(length, b"\0")
+        try:
+            return self.storage.pread(length, offset).ljust(length, b"\0")
+        except (MemoryError, OverflowError):
+            raise OutOfRange(f"{length} bytes do not fit into memory") from None
 
     def close(self) -> None:
         """Close the file."""

@@ -137,14 +137,17 @@ class ReadableImage(ABC):
         """Exactly `length` bytes at guest offset `offset`.
 
         Raises:
-            OutOfRange: the range does not lie inside the disk.
+            OutOfRange: the range does not lie inside the disk, or is too large for the memory.
             CorruptMetadata: the mapping or a payload in the range is damaged.
             ChainError: the range needs a backing file that was not opened.
         """
         self._require_inside(offset, length)
-        buffer = bytearray(length)
-        self._fill(offset, memoryview(buffer), fresh=True)
-        return bytes(buffer)
+        try:
+            buffer = bytearray(length)
+            self._fill(offset, memoryview(buffer), fresh=True)
+            return bytes(buffer)
+        except (MemoryError, OverflowError):
+            raise OutOfRange(f"{length} bytes do not fit into memory") from None
 
     def readinto(self, offset: int, buffer: bytearray | memoryview) -> int:
         """Fill the whole buffer from guest offset `offset`; returns its length. Raises as `read`."""

@@ -242,7 +242,7 @@ def test_a_target_that_was_made_is_removed_on_failure(source: Path, tmp_path: Pa
         ({"target_format": "qcow2", "compressed": True, "encrypt_format": "luks"}, "encryption"),
         ({"target_is_zero": True}, "-n"),
         ({"create": False, "target_format": "qcow2", "cluster_size": 4096}, "-o has no effect"),
-        ({"target_format": "qcow2", "backing_file": "x"}, ""),
+        ({"target_format": "qcow2", "backing_file": "x"}, "Could not open"),
     ],
 )
 def test_arguments_that_do_not_fit(source: Path, tmp_path: Path, options: dict[str, Any], text: str) -> None:

@@ -120,6 +120,16 @@ def test_ranges(disk: Path) -> None:
             image.open_snapshot("none")
 
 
+def test_a_range_larger_than_the_memory(tmp_path: Path) -> None:
+    huge = create(tmp_path / "huge.qcow2", "-o", "cluster_size=2M", size="64T")
+    raw = tmp_path / "huge.raw"
+    with raw.open("wb") as file:
+        file.truncate(1 << 42)
+    for path in (huge, raw):
+        with open_image(path) as image, pytest.raises(OutOfRange, match="memory"):
+            image.read(0, image.size)
+
+
 def test_formats(disk: Path, tmp_path: Path) -> None:
     with open_image(disk, format="raw") as raw:
         assert isinstance(raw, RawImage)
