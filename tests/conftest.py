@@ -61,14 +61,21 @@ def manifest(corpus: Path) -> dict[str, Any]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """The corpus's total. The properties of a report reach this process from every worker."""
+    """The corpus's total, and what tests counted. The properties of a report reach this process from every worker."""
     total: Counter[str] = Counter()
+    counted: dict[str, Counter[str]] = {}
     reports = [report for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)]
     for report in reports:
         for name, counts in report.user_properties:
             if name == "answers" and report.when == "call":
                 total.update(counts)
+            if name == "counted" and report.when == "call":
+                title, numbers = counts
+                counted.setdefault(title, Counter()).update(numbers)
     if total["asked"]:
         right = total["SAME"] + total["STRICTER"]
         asked = total["asked"] - total["NOT_ASKED"]
         terminalreporter.write_line(f"{right} of {asked} answers ({total['STRICTER']} stricter)")
+    for title, numbers in counted.items():
+        text = ", ".join(f"{number} {label}" for label, number in numbers.items())
+        terminalreporter.write_line(f"{title}: {text}")
