@@ -10,6 +10,7 @@ disk after it n - 1, and the disk at the phase either. See fixtures/boot_sector.
 from __future__ import annotations
 
 import ctypes
+import io
 import json
 import os
 import re
@@ -65,12 +66,13 @@ class MemoryRecord:
     phase: int
 
 
-def memory_record(stream: BinaryIO) -> MemoryRecord:
+def memory_record(stream: io.RawIOBase | BinaryIO) -> MemoryRecord:
     """The record in a migration stream: of a memory file, or of a vm state.
 
     A page that changed while it was saved live is in the stream several times: the last one counts.
     """
     data = stream.read()
+    assert data is not None
     assert data[:8] == b"QEVM\0\0\0\3", f"not a migration stream: {data[:8]!r}"
     found = -1
     # Before a page: address and flags (0x08 a whole page, 0x20 the same block as before); the name of another block.
@@ -212,10 +214,10 @@ class Monitor:
         """Run a command and return its value; "_" in names of arguments stands for "-". Raises QmpFailed."""
         request = {"execute": command, "arguments": {key.replace("_", "-"): arguments[key] for key in arguments}}
         data = json.dumps(request).encode() + b"\n"
-        if fd is None:
-            self._socket.sendall(data)
-        else:
-            socket.send_fds(self._socket, [data], [fd])
+        try:
+            socket.send_fds(self._socket, [data], [] if fd is None else [fd])
+        except OSError as error:
+            raise GuestError(f"QEMU has gone: {error}") from None
         deadline = time.monotonic() + DEADLINE
         while "return" not in (answer := self._message(deadline)):
             if "error" in answer:
@@ -252,6 +254,8 @@ class Monitor:
                 data = self._socket.recv(65536)
             except TimeoutError:
                 raise GuestError("QEMU does not answer") from None
+            except OSError as error:
+                raise GuestError(f"QEMU has gone: {error}") from None
             if not data:
                 raise GuestError("QEMU closed the QMP socket")
             self._buffer += data
