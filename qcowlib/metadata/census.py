@@ -142,7 +142,8 @@ class _Count:
             )
         except FormatError as error:
             text = f"ERROR failed to read the snapshot table: {error}"
-            raise self.ledger.stop("snapshot-table-unreadable", text, "Invalid argument") from None
+            reason = "File too large" if "limit" in error.rule else "Invalid argument"
+            raise self.ledger.stop("snapshot-table-unreadable", text, reason) from None
         if self.header.version >= 3:
             for index, entry in enumerate(snapshots):
                 if len(entry.extra_data) < 16:

@@ -54,6 +54,12 @@ class Ones:
             first = end
         return True
 
+    def readable(self, clusters: Int64Array) -> BoolArray:
+        """For which single clusters the refcount can be read."""
+        if self._stored is None or not self._stored.unreadable.any():
+            return np.ones(len(clusters), dtype=np.bool_)
+        return self._stored.readable(clusters)
+
     def at(self, clusters: Int64Array) -> tuple[BoolArray, BoolArray]:
         """The values for single clusters, and for which of them the refcount can be read."""
         window = clusters >> self._bits
@@ -61,10 +67,8 @@ class Ones:
         slot = self._slots[np.where(inside, window, 0)]
         inside &= slot >= 0
         ones = self._ones[np.where(inside, slot, 0), clusters & ((1 << self._bits) - 1)] & inside
-        known = np.ones(len(clusters), dtype=np.bool_)
+        known = self.readable(clusters)
         if self._stored is not None:
-            if self._stored.unreadable.any():
-                known = self._stored.readable(clusters)
             outside = np.flatnonzero(~inside & known)
             if len(outside):
                 distinct, inverse = np.unique(clusters[outside], return_inverse=True)
@@ -119,6 +123,8 @@ def _suspects(header: Header, mapping: MappingCount, ones: Ones) -> Int64Array:
     """Tables of the active layer that are not known to be right."""
     tables = mapping.tables
     suspect = (tables.active_uses > 0) & ~tables.empty & (tables.host_offset != 0)
+    # As in QEMU, a table whose own refcount cannot be read is not looked into.
+    suspect &= ones.readable(tables.host_offset >> header.cluster_bits)
     runs = np.flatnonzero(suspect & (tables.run_first >= 0))
     if header.has_data_file:
         suspect[runs] = ~tables.run_copied[runs]

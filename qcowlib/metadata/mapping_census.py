@@ -156,10 +156,11 @@ class _MappingCensus:
         return _L1Table(entry.l1_table_offset, entry.l1_size)
 
     def _read_l1(self, table: _L1Table) -> Entries:
-        if table.offset + table.entries * 8 > MAX_INT64:
+        if table.entries and table.offset + table.entries * 8 > MAX_INT64:
             text = "ERROR: I/O error in check_refcounts_l1"
             raise self.ledger.stop("l1-unreadable", text, "Input/output error")
-        return np.frombuffer(read_padded(self.storage, table.offset, table.entries * 8), dtype=ENTRY_DTYPE)
+        data = read_padded(self.storage, table.offset, table.entries * 8) if table.entries else b""
+        return np.frombuffer(data, dtype=ENTRY_DTYPE)
 
     def _gather(self, active: _L1Table, snapshots: list[_L1Table]) -> L2Tables:
         """The distinct L2 tables of all L1 tables with their uses."""

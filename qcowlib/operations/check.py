@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from qcowlib.findings import CheckReport, Severity
-from qcowlib.format.entries import offsets
+from qcowlib.format.entries import REFCOUNT_TABLE_OFFSET_MASK, offsets
 from qcowlib.metadata.census import Census, census
 from qcowlib.metadata.comparison import Comparison, Differences
 from qcowlib.metadata.copied_flags import Ones, WrongTables, wrong_l1_entries, wrong_l2_tables
@@ -110,11 +110,13 @@ def _tell_differences(findings: FindingList, rows: Differences, found: Census) -
 def _tell_unaligned_block(findings: FindingList, cluster: int, found: Census) -> None:
     """The line that QEMU prints when it first meets such a block; it does not count."""
     index = cluster >> found.stored.geometry.refcount_block_bits
-    text = (
-        f"qcow2: Image is corrupt: Refblock offset {int(found.stored.block_offsets[index]):#x} unaligned "
-        f"(reftable index: {_c_hex(index)}); further non-fatal corruption events will be suppressed"
-    )
-    findings.add("refcount-unreadable", text, Severity.CHECK_ERROR, count=0)
+    offset = int(found.stored.table[index]) & REFCOUNT_TABLE_OFFSET_MASK
+    if offset & (found.stored.geometry.cluster_size - 1):
+        text = (
+            f"qcow2: Image is corrupt: Refblock offset {offset:#x} unaligned (reftable index: {_c_hex(index)}); "
+            "further non-fatal corruption events will be suppressed"
+        )
+        findings.add("refcount-unreadable", text, Severity.CHECK_ERROR, count=0)
 
 
 def _c_hex(value: int) -> str:
