@@ -17,7 +17,7 @@ class Severity(Enum):
     CHECK_ERROR = "check-error"  # the check itself could not look at something
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Finding:
     """One fact found by a check.
 

@@ -94,16 +94,19 @@ class StoredRefcounts:
     def readable(self, clusters: Int64Array) -> BoolArray:
         """Whether the refcounts of single clusters can be read; where there is no block they can, and are 0."""
         block = clusters >> self.geometry.refcount_block_bits
-        inside = block < len(self.table)
-        return ~(inside & self.unreadable[np.where(inside, block, 0)])
+        found = np.flatnonzero(block < len(self.table))
+        readable = np.ones(len(clusters), dtype=np.bool_)
+        readable[found] = ~self.unreadable[block[found]]
+        return readable
 
     def at(self, clusters: Int64Array) -> npt.NDArray[np.uint64]:
         """Refcounts of single clusters (uint64); for few clusters. 0 where there is none or it cannot be read."""
         bits = self.geometry.refcount_block_bits
         counts = np.zeros(len(clusters), dtype=np.uint64)
-        owners = clusters >> bits
-        for block in np.unique(owners).tolist():
-            if block < len(self.table) and self.block_offsets[block] and not self.unreadable[block]:
-                here = owners == block
-                counts[here] = self.window(block << bits, 1 << bits)[clusters[here] - (block << bits)]
+        block = clusters >> bits
+        found = np.flatnonzero(block < len(self.table))
+        found = found[(self.block_offsets[block[found]] != 0) & ~self.unreadable[block[found]]]
+        for index in np.unique(block[found]).tolist():
+            here = found[block[found] == index]
+            counts[here] = self.window(index << bits, 1 << bits)[clusters[here] - (index << bits)]
         return counts
