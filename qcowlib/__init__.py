@@ -41,8 +41,10 @@ if TYPE_CHECKING:
     from qcowlib.image.policy import ConfinedTo, DenyReferences, LocalFiles, OpenPolicy
     from qcowlib.image.probe import probe_format
     from qcowlib.operations.check import check
+    from qcowlib.operations.commit import allocated_bytes, commit
     from qcowlib.operations.convert import convert
     from qcowlib.operations.map import MapRow, map_image
+    from qcowlib.operations.rebase import rebase
     from qcowlib.operations.snapshots import apply_snapshot, attach_vmstate, create_snapshot, delete_snapshot
     from qcowlib.storage.buffer import BytesStorage
     from qcowlib.storage.protocol import ReadStorage, Storage
@@ -81,9 +83,11 @@ __all__ = [
     "StorageError",
     "UnsupportedFeature",
     "WritableBlockImage",
+    "allocated_bytes",
     "apply_snapshot",
     "attach_vmstate",
     "check",
+    "commit",
     "convert",
     "create_image",
     "create_overlay",
@@ -92,6 +96,7 @@ __all__ = [
     "map_image",
     "open_image",
     "probe_format",
+    "rebase",
 ]
 
 _MODULES = {
@@ -108,8 +113,10 @@ _MODULES = {
     "qcowlib.image.policy": ("ConfinedTo", "DenyReferences", "LocalFiles", "OpenPolicy"),
     "qcowlib.image.probe": ("probe_format",),
     "qcowlib.operations.check": ("check",),
+    "qcowlib.operations.commit": ("allocated_bytes", "commit"),
     "qcowlib.operations.convert": ("convert",),
     "qcowlib.operations.map": ("MapRow", "map_image"),
+    "qcowlib.operations.rebase": ("rebase",),
     "qcowlib.operations.snapshots": ("apply_snapshot", "attach_vmstate", "create_snapshot", "delete_snapshot"),
     "qcowlib.storage.buffer": ("BytesStorage",),
     "qcowlib.storage.protocol": ("ReadStorage", "Storage"),

@@ -11,7 +11,7 @@ Source: qcow2.txt, "Header"; what is refused follows QEMU 7.2's open.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -219,6 +219,26 @@ class Header:
         if len(built) > self.cluster_size:
             raise OptionError("the header extensions and the backing file name do not fit into the first cluster")
         return built
+
+    def with_backing_name_at(self, offset: int) -> Header:
+        """The same header with its backing file name at a chosen place in the first cluster, behind the extensions.
+
+        So a new name can be made durable before the first sector, which points to it, is written.
+
+        Args:
+            offset: host bytes.
+
+        Raises:
+            OptionError: it would overlap the extensions or leave the first cluster.
+        """
+        end_marker = HeaderExtension(k.EXTENSION_END, b"").build()
+        name = encode_text(self.backing_file or "", "backing file name")
+        extensions_length = sum(len(extension.build()) for extension in self.extensions)
+        end = self.header_length + extensions_length + len(end_marker)
+        if offset < end or offset + len(name) > self.cluster_size or len(name) > k.MAX_BACKING_FILE_NAME:
+            raise OptionError(f"the backing file name does not fit at {offset} into the first cluster")
+        tail = end_marker + bytes(offset - end) + name
+        return replace(self, layout=_Layout(self._layout_key, extensions_length, tail, offset, len(name)))
 
     @property
     def _layout_key(self) -> tuple[int, tuple[HeaderExtension, ...], str | None]:
