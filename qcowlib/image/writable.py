@@ -50,6 +50,7 @@ class WritableQcow2Image(Qcow2Image):
         if state.header.dirty or state.header.version < 3:
             heal(state, storage)
             state = load_state(storage, data_storage)
+        state.for_writing = True
         super().__init__(state, backing=backing, cipher=cipher, backing_left_out=backing_left_out)
         self._lock = threading.RLock()
         self._closed = False

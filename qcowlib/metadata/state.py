@@ -16,11 +16,12 @@ from qcowlib.format.bitmap_directory import BitmapEntry, parse_bitmap_directory
 from qcowlib.format.constants import MAX_CLUSTER_SIZE, MAX_L1_SIZE
 from qcowlib.format.entries import ENTRY_DTYPE, REFCOUNT_TABLE_OFFSET_MASK, Entries, Int64Array, offsets
 from qcowlib.format.header import Header, parse_header
+from qcowlib.format.refcount_block import decode_refcounts
 from qcowlib.format.snapshot_table import SnapshotEntry, parse_snapshot_table
 from qcowlib.metadata.mapping import ClusterMapping
 from qcowlib.metadata.regions import MetadataRegions, RegionKind
 from qcowlib.metadata.tables import EntryRules, TableCache
-from qcowlib.storage.helpers import read_exact
+from qcowlib.storage.helpers import read_exact, read_padded
 from qcowlib.storage.protocol import ReadStorage
 
 
@@ -33,6 +34,7 @@ class Qcow2State:
         header: the parsed header.
         geometry: sizes that follow from the header.
         tables: L2 tables in memory.
+        for_writing: trust the refcount table as to where refcount blocks are, as a writer must; set before first use.
     """
 
     def __init__(self, storage: ReadStorage, header: Header, data_storage: ReadStorage | None = None) -> None:
@@ -41,6 +43,7 @@ class Qcow2State:
         self.header = header
         self.geometry: Geometry = header.geometry
         self.tables = TableCache(storage, self.geometry)
+        self.for_writing = False
 
     @cached_property
     def l1(self) -> Entries:
@@ -109,6 +112,26 @@ class Qcow2State:
         chosen: Int64Array = found[sound]
         return chosen
 
+    def _is_metadata(self, cluster: int) -> bool:
+        """Whether a cluster in `regions` is what that says: a damaged refcount table may name guest data.
+
+        A real refcount block says 1 for the metadata clusters that it covers, itself and the header among them.
+        """
+        if self.regions.kind_of(cluster) is not RegionKind.REFCOUNT_BLOCK:
+            return True
+        bits, block_bits = self.geometry.cluster_bits, self.geometry.refcount_block_bits
+        table = read_padded(
+            self.storage, self.header.refcount_table_offset, self.header.refcount_table_clusters << bits
+        )
+        entries = np.frombuffer(table, dtype=ENTRY_DTYPE)
+        counts = decode_refcounts(read_padded(self.storage, cluster << bits, 1 << bits), self.geometry.refcount_order)
+        for index in np.flatnonzero(offsets(entries, REFCOUNT_TABLE_OFFSET_MASK) == cluster << bits).tolist():
+            first = index << block_bits
+            covered = [c for c in (0, cluster, self.header.refcount_table_offset >> bits) if c >> block_bits == index]
+            if all(counts[c - first] == 1 for c in covered):
+                return True
+        return False
+
     @cached_property
     def rules(self) -> EntryRules:
         """What an L2 entry must satisfy to be followed."""
@@ -118,6 +141,7 @@ class Qcow2State:
             data_storage=self.data_storage,
             has_data_file=self.header.has_data_file,
             regions=None if self.header.has_data_file else self.regions,
+            is_metadata=None if self.for_writing else self._is_metadata,
         )
 
     @cached_property

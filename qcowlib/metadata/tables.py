@@ -7,6 +7,7 @@ that a read pays nothing for the check and yet never returns bytes through a dam
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,6 +61,7 @@ class EntryRules:
         data_storage: the file that holds guest clusters; nothing may lie behind its end.
         has_data_file: whether that is an external data file.
         regions: the metadata of the image; None with an external data file.
+        is_metadata: a second opinion on a cluster that `regions` knows; None trusts `regions`.
     """
 
     geometry: Geometry
@@ -67,6 +69,7 @@ class EntryRules:
     data_storage: ReadStorage
     has_data_file: bool
     regions: MetadataRegions | None
+    is_metadata: Callable[[int], bool] | None = None
 
     def damage(self, entries: Entries, bitmaps: Entries | None) -> npt.NDArray[np.bool_] | None:
         """Which of the entries (any shape) cannot be followed; None when all can."""
@@ -88,10 +91,17 @@ class EntryRules:
         if self.version < 3:
             bad |= ~compressed & flagged(entries, OFLAG_ZERO)
         if self.regions is not None:
-            hits = self.regions.hits(host[used] >> geometry.cluster_bits)
+            clusters = host[used] >> geometry.cluster_bits
+            hits = self.regions.hits(clusters)
             if hits is not None:
-                bad[used] |= hits
+                bad[used] |= hits & np.isin(clusters, self._confirmed(np.unique(clusters[hits])))
         return bad if bad.any() else None
+
+    def _confirmed(self, clusters: npt.NDArray[np.int64]) -> list[int]:
+        """Those of some clusters in the map of metadata that the caller's doubts do not remove from it."""
+        if self.is_metadata is None:
+            return [int(cluster) for cluster in clusters]
+        return [cluster for cluster in clusters.tolist() if self.is_metadata(cluster)]
 
     def explain(self, entry: int, bitmap: int) -> str:
         """The rule that a damaged entry breaks."""

@@ -41,7 +41,6 @@ DAMAGED_MAPPINGS = {
     "bad-overlap-l2": "an L2 entry points at an L2 table",
     "bad-overlap-refblock": "an L2 entry points at a refcount block",
     "bad-overlap-reftable": "an L2 entry points at the refcount table",
-    "bad-reftable-data": "one cluster is guest data and a refcount block; which of them it is cannot be told",
     "bad-snap-count-more": "the snapshot table ends before its last entries, which are read from nothing",
     "bad-snap-disksize-huge": "a snapshot's disk is larger than its L1 table can map",
     "bad-snap-id-overflow": "the length of a snapshot's id leads into the next entry",
