@@ -10,6 +10,9 @@ DomainSnapshotError
  ├── DomainBusy        another domsnap works on the domain
  ├── Interrupted       a signal asked to stop; everything was undone
  ├── RecoverNeeded     an earlier operation was cut off; `domsnap recover` comes first
+ ├── CatalogError      a catalog that cannot be read, or a snapshot that it cannot hold
+ ├── SourceError       a description of a domain that cannot be read
+ ├── MemoryFileError   a memory file or vm state that is not the migration stream it should be
  └── UndoFailed        an operation failed and could not be undone wholly; its journal is kept for `recover`
 """
 
@@ -78,6 +81,18 @@ class Interrupted(DomainSnapshotError):
 
 class RecoverNeeded(DomainSnapshotError):
     """An earlier operation was cut off and has to be undone or finished first."""
+
+
+class CatalogError(DomainSnapshotError):
+    """The catalog cannot be read, or cannot hold a snapshot."""
+
+
+class SourceError(DomainSnapshotError):
+    """A domain file, libvirt XML or xl.cfg that cannot be read, or does not say what is needed."""
+
+
+class MemoryFileError(DomainSnapshotError):
+    """A memory file or vm state is not the migration stream that it should be."""
 
 
 class UndoFailed(DomainSnapshotError):

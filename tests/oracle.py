@@ -29,6 +29,8 @@ PACKAGES = {
     "nbdkit": "nbdkit",
     "nbdinfo": "libnbd-bin",
     "nbdcopy": "libnbd-bin",
+    "xmllint": "libxml2-utils",
+    "virsh": "libvirt-clients",
 }
 
 Completed = subprocess.CompletedProcess[str]

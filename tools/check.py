@@ -26,7 +26,7 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = ROOT / ".venv-check"
-EXTRAS = "crypto,terminal"
+EXTRAS = "crypto,domain,terminal"
 
 #: The Debian packages that the tests need, by the program that shows that one is installed.
 QEMU_PACKAGES = {
@@ -34,6 +34,8 @@ QEMU_PACKAGES = {
     "qemu-system-x86_64": "qemu-system-x86",
     "nbdkit": "nbdkit",
     "nbdinfo": "libnbd-bin",
+    "xmllint": "libxml2-utils",
+    "virsh": "libvirt-clients",  # with libvirt0, which has the XML schemas
 }
 
 CODE = ("qcowlib", "snapshot", "tools", "tests")
