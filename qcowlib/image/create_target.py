@@ -25,7 +25,7 @@ _FIRST_BLOCK = 4096
 
 @contextmanager
 def fresh_file(path: str, *, space: int, nocow: bool = False) -> Iterator[LocalFile]:
-    """An empty, locked file to write into; flushed at the end, or removed if the body fails and it is ours.
+    """An empty, locked file to write into and to flush; removed if the body fails and it is ours.
 
     Args:
         path: its name.
@@ -33,7 +33,7 @@ def fresh_file(path: str, *, space: int, nocow: bool = False) -> Iterator[LocalF
         nocow: turn copy-on-write of the host's file system off.
 
     Raises:
-        StorageError: it cannot be made, opened, emptied or flushed.
+        StorageError: it cannot be made, opened or emptied.
         ImageLocked: somebody else uses it.
     """
     made = _make(path)
@@ -48,7 +48,6 @@ def fresh_file(path: str, *, space: int, nocow: bool = False) -> Iterator[LocalF
             if nocow:
                 set_nocow(storage.fileno())
             yield storage
-            storage.flush()
     except BaseException as error:
         if made is not None:
             _remove(made)

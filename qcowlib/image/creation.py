@@ -122,6 +122,7 @@ def _create_raw(path: str, size: int | None, backing_file: str | None, options: 
     space = 0 if preallocation == "off" else size
     with _size_limits("raw"), fresh_file(path, space=space, nocow=options.get("nocow", False)) as storage:
         lengthen(storage, 0, size, preallocation)
+        storage.flush()
 
 
 def _create_qcow2(
@@ -162,6 +163,7 @@ def _create_qcow2(
             space = layout.data_file_size if reserves else 0
             data_storage = files.enter_context(fresh_file(data_path, space=space, nocow=checked.nocow))
             lengthen(data_storage, 0, layout.data_file_size, checked.preallocation if reserves else "off")
+            data_storage.flush()
         _write_image(storage, layout, checked.preallocation, header, luks_area)
 
 
@@ -180,6 +182,7 @@ def _write_image(storage: LocalFile, layout: Layout, preallocation: str, header:
     lengthen(storage, layout.file_size, layout.file_size, "off")
     storage.flush()
     storage.pwrite(header.ljust(cluster_size, b"\0"), 0)
+    storage.flush()
 
 
 def _backing(
@@ -196,10 +199,10 @@ def _backing(
 
 
 def _data_file_path(path: str, data_file: str | None, backing: BackingFacts | None) -> str | None:
-    """Where the external data file is made: as a reader of the header will look for it."""
+    """Where the external data file is made: as for QEMU, a relative name starts at the process's directory."""
     if data_file is None:
         return None
-    data_path = data_file_path(data_file, path)
+    data_path = data_file_path(data_file, "")
     if same_file(path, data_path):
         raise OptionError("The data file and the image are the same file")
     if backing is not None and backing.path is not None and same_file(backing.path, data_path):

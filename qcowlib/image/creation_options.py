@@ -48,7 +48,8 @@ class CreationOptions(TypedDict, total=False):
         extended_l2: L2 entries with 32 subclusters per cluster.
         lazy_refcounts: refcounts may be written late, under the dirty bit.
         compression_type: "zlib" (default) or "zstd", for clusters that are written compressed.
-        data_file: name of the external data file, relative to the image's directory. It is created, or emptied.
+        data_file: name of the external data file; a relative one starts at the process's directory, as for QEMU. It is
+            created, or emptied.
         data_file_raw: the data file is always a valid raw image of the disk.
         encrypt_format: "luks", or the outdated "aes"; None (default) for none.
         encrypt_passphrase: the passphrase, as text (UTF-8) or bytes.
