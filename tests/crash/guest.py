@@ -18,15 +18,17 @@ import numpy as np
 import numpy.typing as npt
 
 SECTOR = 512
+VM_STATE = " vm state"
 
 
 class Step(NamedTuple):
     """One thing a program does.
 
     Attributes:
-        kind: "write", "packed" (a compressed cluster), "zero", "discard", "flush", "create", "apply" or "delete".
+        kind: "write", "packed" (a compressed cluster), "zero", "discard", "flush", "create", "apply", "delete", or
+            "attach" (give a snapshot a vm state).
         offset: guest bytes.
-        length: guest bytes.
+        length: guest bytes; bytes of vm state for "create" and "attach".
         seed: start of the pseudo-random data.
         name: of the snapshot.
     """
@@ -40,12 +42,12 @@ class Step(NamedTuple):
     @property
     def whole(self) -> bool:
         """Whether it happens wholly or not at all, and is durable when it returns."""
-        return self.kind in ("create", "apply", "delete")
+        return self.kind in ("create", "apply", "delete", "attach")
 
     def data(self) -> bytes:
         """What is written."""
         choose = random.Random(f"{self.kind}/{self.seed}/{self.offset}/{self.length}")
-        if self.kind == "write":
+        if self.kind != "packed":
             return choose.randbytes(self.length)
         unit = choose.randbytes(97)  # shorter than the window of 4 KiB: it packs well
         return (unit * (self.length // len(unit) + 1))[: self.length]
@@ -57,7 +59,7 @@ class Moment:
 
     Attributes:
         content: the active layer.
-        saved: content of each snapshot by name.
+        saved: content of each snapshot by name, and its vm state by name and VM_STATE.
         step: what led here.
     """
 
@@ -97,12 +99,16 @@ class Guest:
     def follow(self, step: Step) -> None:
         """Do a step."""
         content, saved = self.now.content, dict(self.now.saved)
-        if step.kind == "create":
-            saved[step.name] = content
+        if step.kind in ("create", "attach"):
+            if step.kind == "create":
+                saved[step.name] = content
+            if step.length:
+                saved[step.name + VM_STATE] = step.data()
         elif step.kind == "apply":
             content = saved[step.name]
         elif step.kind == "delete":
             del saved[step.name]
+            saved.pop(step.name + VM_STATE, None)
         elif step.kind == "resize":
             content = content[: step.length].ljust(step.length, b"\0")
         elif step.kind != "flush":

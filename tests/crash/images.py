@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import cast
 from qcowlib.image.opening import open_image
 from qcowlib.image.policy import LocalFiles
 from qcowlib.image.writable import WritableQcow2Image
-from qcowlib.operations.snapshots import apply_snapshot, create_snapshot, delete_snapshot
+from qcowlib.operations.snapshots import apply_snapshot, attach_vmstate, create_snapshot, delete_snapshot
 from qcowlib.storage.buffer import BytesStorage
 from qcowlib.storage.protocol import ReadStorage
 from tests.crash.guest import Guest, Step
@@ -106,7 +107,10 @@ def run_step(image: WritableQcow2Image, step: Step) -> None:
     elif step.kind == "flush":
         image.flush()
     elif step.kind == "create":
-        create_snapshot(image, step.name, date_ns=10**18)
+        vmstate = io.BytesIO(step.data()) if step.length else None
+        create_snapshot(image, step.name, date_ns=10**18, vmstate=vmstate)
+    elif step.kind == "attach":
+        attach_vmstate(image, step.name, io.BytesIO(step.data()))
     elif step.kind == "apply":
         apply_snapshot(image, step.name)
     else:

@@ -17,6 +17,7 @@ from qcowlib.metadata.state import load_state
 from qcowlib.operations.check import check_state
 from qcowlib.storage.buffer import BytesStorage
 from qcowlib.storage.protocol import ReadStorage
+from tests.crash.guest import VM_STATE
 from tests.crash.images import open_writable
 from tests.crash.second_opinion import SecondOpinion
 
@@ -25,7 +26,7 @@ _HARMLESS = {"leak", "refcount-too-high", "copied-flag-l1", "copied-flag-l2"}
 
 
 class Content(NamedTuple):
-    """Guest content: the active layer, and each snapshot by name."""
+    """Guest content: the active layer; each snapshot by name, its vm state by name and VM_STATE."""
 
     active: bytes
     saved: dict[str, bytes]
@@ -33,7 +34,12 @@ class Content(NamedTuple):
 
 def content_by_second_opinion(opinion: SecondOpinion) -> Content:
     """As the independent reader sees it."""
-    return Content(opinion.content(), {saved.name: opinion.snapshot_content(saved) for saved in opinion.snapshots})
+    contents = {}
+    for saved in opinion.snapshots:
+        contents[saved.name] = opinion.snapshot_content(saved)
+        if saved.vm_state_size:
+            contents[saved.name + VM_STATE] = opinion.vm_state(saved)
+    return Content(opinion.content(), contents)
 
 
 def content_by_library(storage: ReadStorage) -> Content:
@@ -48,6 +54,8 @@ def _library_content(image: Qcow2Image) -> Content:
     for entry in image.snapshots:
         view = image.open_snapshot(entry.id)
         saved[entry.name] = view.read(0, view.size)
+        if entry.vm_state_size:
+            saved[entry.name + VM_STATE] = view.vmstate.read(0, entry.vm_state_size)
     return Content(image.read(0, image.size), saved)
 
 

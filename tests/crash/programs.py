@@ -31,9 +31,14 @@ def discard(offset: float, length: float) -> Step:
     return Step("discard", offset, length)  # type: ignore[arg-type]
 
 
-def create(name: str) -> Step:
+def create(name: str, vm_state: float = 0) -> Step:
     """Create a snapshot."""
-    return Step("create", name=name)
+    return Step("create", 0, vm_state, name=name)  # type: ignore[arg-type]
+
+
+def attach(name: str, vm_state: float) -> Step:
+    """Give a snapshot a vm state."""
+    return Step("attach", 0, vm_state, name=name)  # type: ignore[arg-type]
 
 
 def apply(name: str) -> Step:
@@ -175,10 +180,32 @@ MIXED = (
     [delete("a"), create("e"), write(3, 5, 30), apply("b"), create("f"), delete("b"), write(0, 1, 31), apply("e")],
 )
 
+# With memory of the guest.
+VM_STATES: Program = (
+    _SHARED,
+    [
+        write(1.1, 1.5, 20),
+        create("c", 3.3),
+        write(1.2, 0.2, 21),
+        attach("a", 5.1),
+        apply("c"),
+        write(6, 2, 22),
+        create("d"),
+        apply("a"),
+        delete("a"),
+    ],
+)
+
 # Snapshots of a smaller and of a larger disk.
 SIZES = (
     [write(0, 8), create("small"), resize(30), write(6, 20, 1), create("large"), resize(12), write(2, 4, 2)],
     [apply("large"), write(24, 2, 3), apply("small"), create("again"), delete("large"), write(1.5, 3, 4)],
+)
+
+# A refcount block ends inside the first write, and others after it where they have 64 entries.
+BLOCKS: Program = (
+    [write(0, 200)],
+    [write(200, 60), write(3.1, 1), FLUSH, write(260, 120, 1), create("a"), write(0, 9)],
 )
 
 # 2 KiB of refcount blocks of 64 entries: the refcount table of one cluster ends at 2 MiB.
@@ -196,7 +223,7 @@ def _scenarios() -> list[Scenario]:
     usual: Options = {"cluster_size": 65536}
     parted: Options = {"cluster_size": 16384, "extended_l2": "on"}
     writes = {"sequential": SEQUENTIAL, "overwrite": OVERWRITE, "shared": SHARED, "packed": PACKED, "zeroes": ZEROES}
-    trees = {"create": CREATE, "apply": APPLY, "delete": DELETE, "mixed": MIXED}
+    trees = {"create": CREATE, "apply": APPLY, "delete": DELETE, "mixed": MIXED, "vmstates": VM_STATES}
     geometries: dict[str, Options] = {
         "v3-512": v3 | small,
         "v2-512": v2 | small,
@@ -225,7 +252,8 @@ def _scenarios() -> list[Scenario]:
             add(f"sizes-{label}", options, SIZES, 20)
         add(f"backing-{label}", options, BACKING, 40, backing=15.5)
     add("growth-v3-512-r64", v3 | small | {"refcount_bits": 64}, GROWTH, 4000, samples=2)
-    add("growth-v2-512", v2 | small, GROWTH, 4000, samples=2)
+    add("blocks-v2-512", v2 | small, BLOCKS, 400)
+    add("blocks-v3-512-r64", v3 | small | {"refcount_bits": 64}, BLOCKS, 400)
     add("overwrite-v3-512-r1", v3 | small | {"refcount_bits": 1}, OVERWRITE, 70)
     add("mixed-v3-512-r4", v3 | small | {"refcount_bits": 4}, MIXED, 70)
     add("sizes-v3-512-r4", v3 | small | {"refcount_bits": 4}, SIZES, 20)

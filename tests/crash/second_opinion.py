@@ -30,6 +30,7 @@ class Saved:
     l1_offset: int
     l1_size: int
     disk_size: int
+    vm_state_size: int
 
 
 class SecondOpinion:
@@ -82,6 +83,12 @@ class SecondOpinion:
         """What a snapshot holds."""
         return self._content(self._table(saved.l1_offset, saved.l1_size), saved.disk_size)
 
+    def vm_state(self, saved: Saved) -> bytes:
+        """The vm state of a snapshot; it lies behind what the disk takes of the L1 table."""
+        per_table = self.cluster_size // (16 if self._extended else 8) * self.cluster_size
+        start = -(-saved.disk_size // per_table) * per_table
+        return self._content(self._table(saved.l1_offset, saved.l1_size), saved.vm_state_size, start)
+
     def _header(self) -> None:
         fields = struct.unpack_from(">IIQIIQIIQQIIQ", self.data)
         magic, self.version, _, _, bits, self.size, crypt, l1_size, l1_offset, table, clusters, saved, at = fields
@@ -109,14 +116,16 @@ class SecondOpinion:
     def _snapshot_table(self) -> Iterator[Saved]:
         position, number = self._snapshots_place
         for _ in range(number):
-            l1_offset, l1_size, id_length, name_length, _, _, _, _, extra = struct.unpack_from(
+            l1_offset, l1_size, id_length, name_length, _, _, _, vm_state, extra = struct.unpack_from(
                 ">QIHHIIQII", self.data, position
             )
+            if extra >= 8:
+                (vm_state,) = struct.unpack_from(">Q", self.data, position + 40)
             size = struct.unpack_from(">Q", self.data, position + 48)[0] if extra >= 16 else self.size
             strings = position + 40 + extra
             identity = self._bytes(strings, id_length).decode()
             name = self._bytes(strings + id_length, name_length).decode()
-            yield Saved(identity, name, l1_offset, l1_size, size)
+            yield Saved(identity, name, l1_offset, l1_size, size, vm_state)
             position = (strings + id_length + name_length + 7) & ~7
         self._snapshots_end = position
 
@@ -197,16 +206,17 @@ class SecondOpinion:
             found.update({number * per_block + index: count for index, count in enumerate(counts) if count})
         return found
 
-    def _content(self, l1: tuple[int, ...], size: int) -> bytes:
-        content = bytearray((self.backing or b"")[:size].ljust(size, b"\0"))
+    def _content(self, l1: tuple[int, ...], size: int, base: int = 0) -> bytes:
+        """`size` bytes from guest offset `base` on, which is not 0 behind the disk, where nothing shows through."""
+        content = bytearray((b"" if base else self.backing or b"")[:size].ljust(size, b"\0"))
         per_table = self.cluster_size // (16 if self._extended else 8)
         for l1_index, l1_entry in enumerate(l1):
-            if not l1_entry & OFFSET:
+            first = l1_index * per_table * self.cluster_size - base
+            if not l1_entry & OFFSET or not 0 <= first < size:
                 continue
             for index, entry, bitmap in self._l2(l1_entry & OFFSET):
-                guest = (l1_index * per_table + index) * self.cluster_size
                 for start, data in self._cluster(entry, bitmap):
-                    place = guest + start
+                    place = first + index * self.cluster_size + start
                     inside = data[: max(0, size - place)]
                     content[place : place + len(inside)] = inside
         return bytes(content)
