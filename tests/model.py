@@ -1,0 +1,100 @@
+"""A disk as a plain bytearray with copies as snapshots, and stock QEMU's view of an image to compare it with."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.oracle import qemu_img
+
+PASSPHRASE = "open sesame"
+
+
+@dataclass
+class DiskModel:
+    """What an image must hold.
+
+    Attributes:
+        content: guest bytes of the active layer.
+        cluster_size: unit of discard in bytes.
+        can_discard: False where the format cannot say that a cluster is zero (version 2 with a backing file).
+        snapshots: name -> guest bytes.
+    """
+
+    content: bytearray
+    cluster_size: int
+    can_discard: bool = True
+    snapshots: dict[str, bytes] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        return len(self.content)
+
+    def write(self, offset: int, data: bytes) -> None:
+        self.content[offset : offset + len(data)] = data
+
+    def write_zeroes(self, offset: int, length: int) -> None:
+        self.content[offset : offset + length] = bytes(length)
+
+    def discard(self, offset: int, length: int) -> None:
+        """Only whole clusters are given back; the last one ends with the disk."""
+        first = -(-offset // self.cluster_size) * self.cluster_size
+        end = offset + length
+        last = end if end == self.size else end // self.cluster_size * self.cluster_size
+        if self.can_discard and first < last:
+            self.write_zeroes(first, last - first)
+
+
+@dataclass(frozen=True)
+class StockView:
+    """An image as qemu-img sees it.
+
+    Attributes:
+        path: the image.
+        encryption: "luks", "aes" or None.
+    """
+
+    path: Path
+    encryption: str | None = None
+
+    @property
+    def _selector(self) -> list[str]:
+        """Options and name that open the image."""
+        if self.encryption is None:
+            return ["-f", "qcow2", str(self.path)]
+        return [
+            *("--object", f"secret,id=key,data={PASSPHRASE}"),
+            "--image-opts",
+            f"driver=qcow2,encrypt.format={self.encryption},encrypt.key-secret=key,file.filename={self.path}",
+        ]
+
+    def assert_clean(self) -> None:
+        """`qemu-img check` ends with 0."""
+        qemu_img("check", *self._selector)
+
+    def content(self, snapshot_id: str | None = None) -> bytes:
+        """Guest bytes of the active layer or of a snapshot of the same size."""
+        raw = self.path.with_suffix(".oracle-raw")
+        select = [] if snapshot_id is None else ["-l", f"snapshot.id={snapshot_id}"]
+        *options, name = self._selector
+        qemu_img("convert", "-O", "raw", *select, *options, name, raw)
+        data = raw.read_bytes()
+        raw.unlink()
+        return data
+
+    def assert_holds(self, model: DiskModel, snapshots: Sequence[tuple[str, str]]) -> None:
+        """The active layer and each snapshot, given as (id, name), are what the model says."""
+        self.assert_clean()
+        assert_equal(self.content(), model.content, "active layer")
+        for snapshot_id, name in snapshots:
+            assert_equal(self.content(snapshot_id), model.snapshots[name], f"snapshot {name}")
+
+
+def assert_equal(found: bytes | bytearray, expected: bytes | bytearray, what: str, start: int = 0) -> None:
+    """Equal bytes, or a short message that says where the first difference is (pytest's own would be megabytes)."""
+    if found == expected:
+        return
+    assert len(found) == len(expected), f"{what}: {len(found)} bytes instead of {len(expected)}"
+    first = next(i for i in range(len(found)) if found[i] != expected[i])
+    last = next(i for i in reversed(range(len(found))) if found[i] != expected[i])
+    got, want = bytes(found[first : first + 8]).hex(), bytes(expected[first : first + 8]).hex()
+    raise AssertionError(f"{what}: {got} instead of {want} at {start + first:#x}, last difference at {start + last:#x}")
