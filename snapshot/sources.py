@@ -1,0 +1,256 @@
+"""Where the description of a domain comes from: a domain file (TOML), libvirt's domain XML, Xen's xl.cfg.
+
+    file -> load_description -> DomainDescription
+
+A domain file names everything that domsnap needs; the other two give the name and the disks of a domain that is off.
+
+    name = "web"
+    qmp = "run/web.qmp"              # socket of QEMU's QMP monitor; other paths, too, are relative to this file
+    agent = "run/web.qga"            # socket of the guest agent, for --quiesce
+    command = ["qemu-system-x86_64", "-m", "512", "-qmp", "unix:{qmp},server=on,wait=off",
+               "-drive", "if=virtio,format={format:vda},file={disk:vda}", "{incoming}"]
+
+    [disks.vda]
+    path = "web.qcow2"
+    format = "qcow2"
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from snapshot.errors import SourceError
+from snapshot.model import Disk
+
+_MAX_BYTES = 4 << 20
+_PLACEHOLDER = re.compile(r"\{(qmp|incoming|agent|(?:disk|format):[^{}]*)\}")
+
+
+@dataclass(frozen=True)
+class DomainDescription:
+    """What a source says about a domain.
+
+    Attributes:
+        name: of the domain.
+        disks: in the order of the source, with absolute paths.
+        qmp_socket: absolute path of the QMP socket; None when the source names none.
+        command: what starts the domain: arguments with the placeholders {qmp}, {incoming}, {disk:TARGET} and
+            {format:TARGET}; empty when the source names none.
+        agent_socket: absolute path of the guest agent's socket.
+        memory_size: bytes of RAM, if said.
+        machine: machine type, if said.
+        path: absolute path of the source.
+        xml: libvirt's XML of the domain, when that is the source.
+    """
+
+    name: str
+    disks: tuple[Disk, ...]
+    qmp_socket: str | None = None
+    command: tuple[str, ...] = ()
+    agent_socket: str | None = None
+    memory_size: int | None = None
+    machine: str | None = None
+    path: str | None = None
+    xml: bytes | None = None
+
+
+def load_description(path: str | os.PathLike[str]) -> DomainDescription:
+    """Read a domain's description; the kind is seen from the content (XML) and the suffix (".toml", else xl.cfg).
+
+    Args:
+        path: the file.
+
+    Raises: SourceError, naming the file and what is wrong.
+    """
+    name = os.path.abspath(os.fspath(path))
+    try:
+        with open(name, "rb") as file:
+            data = file.read(_MAX_BYTES + 1)
+    except OSError as error:
+        raise SourceError(f"{name}: {error.strerror}") from None
+    try:
+        if len(data) > _MAX_BYTES:
+            raise SourceError(f"larger than {_MAX_BYTES >> 20} MiB")
+        if data.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<"):
+            return from_libvirt_xml(data, name)
+        text = data.decode()
+        if name.endswith(".toml"):
+            return from_toml(text, name)
+        from snapshot.xl_config import from_xl_config
+
+        return from_xl_config(text, name)
+    except UnicodeDecodeError:
+        raise SourceError(f"{name}: not UTF-8 text") from None
+    except SourceError as error:
+        raise SourceError(f"{name}: {error}") from None
+
+
+# --- Domain files
+
+
+def from_toml(text: str, path: str) -> DomainDescription:
+    """The description in a domain file. Raises SourceError."""
+    import tomllib
+
+    try:
+        table = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise SourceError(f"not TOML: {error}") from None
+    _refuse_unknown(table, {"name", "disks", "qmp", "agent", "command", "memory", "machine"}, "the domain")
+    folder = os.path.dirname(path)
+    disks = tuple(_toml_disk(target, entry, folder) for target, entry in _table(table, "disks").items())
+    command = _toml_command(table.get("command", []))
+    description = DomainDescription(
+        name=_text(table, "name", "the domain") or "",
+        disks=disks,
+        qmp_socket=_path(table, "qmp", folder),
+        command=command,
+        agent_socket=_path(table, "agent", folder),
+        memory_size=_toml_memory(table.get("memory")),
+        machine=_text(table, "machine", "the domain"),
+        path=path,
+    )
+    return checked(description)
+
+
+def _toml_disk(target: str, entry: Any, folder: str) -> Disk:  # noqa: ANN401 - any TOML value
+    what = f"disk {target}"
+    if not isinstance(entry, dict):
+        raise SourceError(f"{what} is not a table")
+    _refuse_unknown(entry, {"path", "format", "read-only"}, what)
+    path, disk_format = _path(entry, "path", folder), _text(entry, "format", what)
+    if path is None or disk_format is None:
+        raise SourceError(f"{what} needs a path and a format (a guest could write anything at the start of a raw disk)")
+    read_only = entry.get("read-only", False)
+    if not isinstance(read_only, bool):
+        raise SourceError(f"{what}: read-only is true or false")
+    return Disk(target, path, disk_format, read_only=read_only)
+
+
+def _toml_command(value: Any) -> tuple[str, ...]:  # noqa: ANN401 - any TOML value
+    if isinstance(value, str):
+        try:
+            return tuple(shlex.split(value))
+        except ValueError as error:
+            raise SourceError(f"command: {error}") from None
+    if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
+        raise SourceError("command is a list of texts, or one text")
+    return tuple(value)
+
+
+def _toml_memory(value: Any) -> int | None:  # noqa: ANN401 - any TOML value
+    """Bytes; a text may have a suffix, as in "512M"."""
+    if value is None:
+        return None
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+        return value
+    found = re.fullmatch(r"(\d{1,15})([KMGT]?)", value) if isinstance(value, str) else None
+    if found is None or not int(found[1]):
+        raise SourceError('memory is a number of bytes, or a text such as "512M"')
+    return int(found[1]) << 10 * "_KMGT".index(found[2] or "_")
+
+
+def _table(table: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = table.get(key, {})
+    if not isinstance(value, dict):
+        raise SourceError(f"{key} is not a table: write [{key}.vda], with a path and a format below it")
+    return value
+
+
+def _text(table: Mapping[str, Any], key: str, what: str) -> str | None:
+    value = table.get(key)
+    if value is not None and not (isinstance(value, str) and value):
+        raise SourceError(f"{what}: {key} is not a text, or empty")
+    return value
+
+
+def _path(table: Mapping[str, Any], key: str, folder: str) -> str | None:
+    value = _text(table, key, key)
+    return None if value is None else os.path.normpath(os.path.join(folder, value))
+
+
+def _refuse_unknown(table: Mapping[str, Any], known: set[str], what: str) -> None:
+    unknown = sorted(set(table) - known)
+    if unknown:
+        raise SourceError(f"{what} has an unknown key '{unknown[0]}'; known are {', '.join(sorted(known))}")
+
+
+# --- libvirt
+
+
+def from_libvirt_xml(data: bytes, path: str) -> DomainDescription:
+    """The name and the disks in libvirt's domain XML. Raises SourceError."""
+    from snapshot.document import parse_domain
+    from snapshot.safe_xml import attribute_of, text_of
+
+    try:
+        root = parse_domain(data)
+    except ValueError as error:
+        raise SourceError(str(error)) from None
+    disks = []
+    for element in root.findall("devices/disk"):
+        target = attribute_of(element, "target", "dev") or "?"
+        kind, device = element.get("type", "file"), element.get("device", "disk")
+        source = attribute_of(element, "source", {"file": "file", "block": "dev"}.get(kind, "-"))
+        if source is None:
+            if element.find("source") is None and device in {"cdrom", "floppy"}:
+                continue  # an empty drive
+            raise SourceError(f"disk {target} is of type '{kind}'; only files and block devices can be snapshotted")
+        read_only = device == "cdrom" or element.find("readonly") is not None
+        # Without a driver, libvirt takes a disk as raw, whatever its content.
+        disks.append(Disk(target, source, attribute_of(element, "driver", "type") or "raw", read_only=read_only))
+    description = DomainDescription(
+        name=text_of(root, "name") or "",
+        disks=tuple(disks),
+        memory_size=_libvirt_memory(text_of(root, "memory"), attribute_of(root, "memory", "unit")),
+        machine=attribute_of(root, "os/type", "machine"),
+        path=path,
+        xml=data,
+    )
+    return checked(description)
+
+
+_UNITS = {"b": 1, "bytes": 1}
+for _power, _letter in enumerate("KMGTPE", start=1):
+    _UNITS |= {_letter: 1024**_power, f"{_letter}iB": 1024**_power, f"{_letter}B": 1000**_power}
+_UNITS |= {"k": 1024}
+
+
+def _libvirt_memory(text: str | None, unit: str | None) -> int | None:
+    if text is None or re.fullmatch(r"\s*\d{1,18}\s*", text) is None:
+        return None
+    factor = _UNITS.get(unit or "KiB")
+    return None if factor is None else int(text) * factor
+
+
+# --- What holds for every source
+
+
+def checked(description: DomainDescription) -> DomainDescription:
+    """The description itself; SourceError when it cannot be of a domain."""
+    if not description.name:
+        raise SourceError("the domain has no name")
+    if not description.disks and description.qmp_socket is None:
+        raise SourceError("the domain has neither disks nor a QMP socket")
+    targets: set[str] = set()
+    paths: dict[str, str] = {}
+    for disk in description.disks:
+        if disk.target in targets:
+            raise SourceError(f"two disks are called {disk.target}")
+        targets.add(disk.target)
+        if "\0" in disk.path or not os.path.isabs(disk.path):
+            raise SourceError(f"disk {disk.target}: '{disk.path}' is not an absolute path")
+        if disk.path in paths:
+            raise SourceError(f"disks {paths[disk.path]} and {disk.target} are one file, {disk.path}")
+        paths[disk.path] = disk.target
+    for word in description.command:
+        for placeholder in _PLACEHOLDER.findall(word):
+            kind, _, target = placeholder.partition(":")
+            if kind in {"disk", "format"} and target not in targets:
+                raise SourceError(f"command: {{{placeholder}}} names no disk of the domain")
+    return description
