@@ -95,6 +95,7 @@ class _Healing:
         self.stored = found.stored
         self.healed: Counter[tuple[str, Severity]] = Counter()
         self.changed = False
+        self.mapping = replace(found.mapping, l1=found.mapping.l1.copy())  # its flags are changed as they are on disk
 
     def run(self) -> CheckReport:
         """The four steps."""
@@ -244,9 +245,8 @@ class _Healing:
 
     def _fix_copied(self, ones: Ones, *, set_flag: bool) -> None:
         """Set the flags that are missing, or clear those that must not be, in the active L1 table and its L2 tables."""
-        mapping = self.found.mapping
-        l1 = mapping.l1.copy()
-        self._flip(l1, wrong_l1_entries(self.header, mapping, ones), set_flag, 1, self.header.l1_table_offset)
+        mapping = self.mapping
+        self._flip(mapping.l1, wrong_l1_entries(self.header, mapping, ones), set_flag, 1, self.header.l1_table_offset)
         step = 2 if self.geometry.extended_l2 else 1
         for batch in wrong_l2_tables(self.storage, self.header, mapping, ones):
             for words, wrong, host in zip(batch.words, batch.wrong, batch.host_offset.tolist(), strict=True):
