@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     from qcowlib.image.opening import open_image
     from qcowlib.image.policy import ConfinedTo, DenyReferences, LocalFiles, OpenPolicy
     from qcowlib.image.probe import probe_format
+    from qcowlib.image.qcow2 import Qcow2Image
+    from qcowlib.image.raw import RawImage, WritableRawImage
+    from qcowlib.image.writable import WritableQcow2Image
     from qcowlib.operations.check import check
     from qcowlib.operations.commit import allocated_bytes, commit
     from qcowlib.operations.convert import convert
@@ -74,7 +77,9 @@ __all__ = [
     "OpenPolicy",
     "OptionError",
     "OutOfRange",
+    "Qcow2Image",
     "QcowError",
+    "RawImage",
     "ReadStorage",
     "ReferenceDenied",
     "Severity",
@@ -83,6 +88,8 @@ __all__ = [
     "StorageError",
     "UnsupportedFeature",
     "WritableBlockImage",
+    "WritableQcow2Image",
+    "WritableRawImage",
     "allocated_bytes",
     "apply_snapshot",
     "attach_vmstate",
@@ -112,6 +119,9 @@ _MODULES = {
     "qcowlib.image.opening": ("open_image",),
     "qcowlib.image.policy": ("ConfinedTo", "DenyReferences", "LocalFiles", "OpenPolicy"),
     "qcowlib.image.probe": ("probe_format",),
+    "qcowlib.image.qcow2": ("Qcow2Image",),
+    "qcowlib.image.raw": ("RawImage", "WritableRawImage"),
+    "qcowlib.image.writable": ("WritableQcow2Image",),
     "qcowlib.operations.check": ("check",),
     "qcowlib.operations.commit": ("allocated_bytes", "commit"),
     "qcowlib.operations.convert": ("convert",),

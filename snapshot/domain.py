@@ -71,6 +71,8 @@ class DiskFacts:
         refcount_bits: width of its refcounts; None for raw.
         chain_nodes: node names below the top, nearest first; empty for an inactive domain.
         data_file: the qcow2 file keeps its data in another file.
+        encrypted: whether the data is.
+        dirty: the file was not closed when it was used last (only some images can tell).
         in_use: who uses the image: a job of QEMU, or another process; None when nobody does.
         damaged: why the image cannot be used.
     """
@@ -82,6 +84,8 @@ class DiskFacts:
     refcount_bits: int | None = None
     chain_nodes: tuple[str, ...] = ()
     data_file: bool = False
+    encrypted: bool = False
+    dirty: bool = False
     in_use: str | None = None
     damaged: str | None = None
 
@@ -232,6 +236,7 @@ class ActiveDomain:
             refcount_bits=details.get("refcount-bits"),
             chain_nodes=tuple(chain[1:]),
             data_file="data-file" in details,
+            encrypted=bool(image.get("encrypted")),
             in_use=None if job is None else f"block job '{job}'",
             damaged="the image is marked corrupt" if details.get("corrupt") else None,
         )
@@ -329,6 +334,8 @@ def image_facts(disk: Disk) -> DiskFacts:
                 bitmaps=tuple(bitmap.name for bitmap in image.bitmaps),
                 refcount_bits=1 << header.refcount_order,
                 data_file=header.has_data_file,
+                encrypted=header.crypt_method != 0,
+                dirty=header.dirty,
                 damaged="the image is marked corrupt" if header.corrupt else None,
             )
     except qcowlib.ImageLocked:

@@ -127,8 +127,8 @@ class Qmp:
                 return
             except QmpTimeout:
                 raise SocketTaken(
-                    f"the QMP socket '{self.path}' accepts but does not greet: another client (libvirt, a second domsnap) "
-                    f"holds it; waited {wait:g} s"
+                    f"the QMP socket '{self.path}' accepts but does not greet: another client (libvirt, a second "
+                    f"domsnap) holds it; waited {wait:g} s"
                 ) from None
             except QemuLost as error:
                 # A full backlog of waiting clients refuses for a moment.

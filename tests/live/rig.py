@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import struct
 import subprocess
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from snapshot.qmp import Qmp
 from tests import oracle
 
 DEADLINE = 60.0
+# "B" at the start, "T" after an increment, and the counter; "!" and "E" are complaints.
+_LINE = re.compile(r"[BT]?[0-9A-F]{0,8}")
 RECORD = 0x8000
 # The source is in the notes of the project; see fixtures/.
 BOOT_SECTOR = (
@@ -90,13 +94,14 @@ class Rig:
         return [
             "qemu-system-x86_64", "-nodefaults", "-no-user-config", "-display", "none", "-machine", "pc", "-accel",
             "tcg", "-m", str(self.memory), "-serial", f"file:{self.serial}", "-qmp", "unix:{qmp},server=on,wait=off",
-        ] + self._disk_options() + ["{incoming}"]  # fmt: skip
+            *self._disk_options(), "{incoming}",
+        ]  # fmt: skip
 
     def _disk_options(self) -> list[str]:
         options: list[str] = []
         for number, disk in enumerate(getattr(self, "disks", ())):
-            node = {"driver": "{format:%s}" % disk.target, "node-name": f"d{number}",
-                    "file": {"driver": "file", "filename": "{disk:%s}" % disk.target}}  # fmt: skip
+            file = {"driver": "file", "filename": f"{{disk:{disk.target}}}"}
+            node = {"driver": f"{{format:{disk.target}}}", "node-name": f"d{number}", "file": file}
             options += ["-blockdev", json.dumps(node)]
             options += ["-device", f"virtio-blk-pci,drive=d{number},id={disk.target}"]
         return options
@@ -104,16 +109,12 @@ class Rig:
     def start(self, *extra: str, paths: dict[str, str] | None = None) -> ActiveDomain:
         """Start QEMU and wait until the guest has counted to 3."""
         self.description.command = self.command()
-        arguments = []
-        for argument in self.description.command:
-            argument = argument.replace("{qmp}", self.socket)
-            for disk in self.disks:
-                path = (paths or {}).get(disk.target, disk.path)
-                image_format = disk.format if path == disk.path else "qcow2"
-                argument = argument.replace("{disk:%s}" % disk.target, path)
-                argument = argument.replace("{format:%s}" % disk.target, image_format)
-            if argument != "{incoming}":
-                arguments.append(argument)
+        values = {"{qmp}": self.socket}
+        for disk in self.disks:
+            path = (paths or {}).get(disk.target, disk.path)
+            values[f"{{disk:{disk.target}}}"] = path
+            values[f"{{format:{disk.target}}}"] = disk.format if path == disk.path else "qcow2"
+        arguments = [_filled(argument, values) for argument in self.description.command if argument != "{incoming}"]
         self.processes.append(subprocess.Popen([*arguments, *extra], stderr=(self.directory / "stderr").open("wb")))
         end = time.monotonic() + DEADLINE
         while not os.path.exists(self.socket):
@@ -155,7 +156,7 @@ class Rig:
 
     def complaints(self) -> list[str]:
         """Lines in which the guest says that a disk does not fit its memory, or that a disk failed."""
-        return [line for line in self.lines() if "!" in line or "E" in line.lstrip("TB0123456789ABCDF")]
+        return [line for line in self.lines() if not _LINE.fullmatch(line.strip())]
 
     def kill(self) -> None:
         """End QEMU at once."""
@@ -174,6 +175,12 @@ class Rig:
             if process.poll() is None:
                 process.kill()
             process.wait(DEADLINE)
+
+
+def _filled(argument: str, values: dict[str, str]) -> str:
+    for placeholder, value in values.items():
+        argument = argument.replace(placeholder, value)
+    return argument
 
 
 def memory_record(stream: bytes) -> tuple[int, int]:
@@ -229,3 +236,6 @@ def ram_record(qmp: Qmp, directory: Path) -> tuple[int, int]:
     magic, n, phase = struct.unpack("<4sII", target.read_bytes())
     assert magic == b"QCT1"
     return n, phase
+
+
+MakeRig = Callable[..., Rig]

@@ -1,32 +1,18 @@
 """What the engine asks a running QEMU."""
 
 import threading
-from pathlib import Path
 
 import pytest
 
 from snapshot import domain as domains
 from snapshot.errors import QemuLost, QmpError, SocketTaken
 from snapshot.qmp import Qmp
-from tests.live.rig import Rig
+from tests.live.rig import MakeRig
 
 pytestmark = pytest.mark.live
 
 
-@pytest.fixture
-def rig(tmp_path: Path):
-    rigs: list[Rig] = []
-
-    def make(*formats: str, **options: object) -> Rig:
-        rigs.append(Rig(tmp_path, *formats, **options))  # type: ignore[arg-type]
-        return rigs[-1]
-
-    yield make
-    for one in rigs:
-        one.close()
-
-
-def test_facts_of_a_running_domain(rig) -> None:
+def test_facts_of_a_running_domain(rig: MakeRig) -> None:
     guest = rig("qcow2", "raw")
     domain = guest.start()
     facts = domain.facts()
@@ -45,7 +31,7 @@ def test_facts_of_a_running_domain(rig) -> None:
     domain.close()
 
 
-def test_a_domain_without_its_socket_is_not_taken_for_inactive(rig) -> None:
+def test_a_domain_without_its_socket_is_not_taken_for_inactive(rig: MakeRig) -> None:
     guest = rig()
     guest.start().close()
     guest.description.qmp_socket = None
@@ -54,7 +40,7 @@ def test_a_domain_without_its_socket_is_not_taken_for_inactive(rig) -> None:
     assert all("another process" in str(one.in_use) for one in facts.disks)
 
 
-def test_a_taken_socket_is_said_to_be_taken(rig) -> None:
+def test_a_taken_socket_is_said_to_be_taken(rig: MakeRig) -> None:
     guest = rig()
     domain = guest.start()
     with pytest.raises(SocketTaken, match="another client"):
@@ -63,7 +49,7 @@ def test_a_taken_socket_is_said_to_be_taken(rig) -> None:
     Qmp(guest.socket, wait=30).close()
 
 
-def test_errors_of_commands_and_the_end_of_qemu(rig) -> None:
+def test_errors_of_commands_and_the_end_of_qemu(rig: MakeRig) -> None:
     guest = rig()
     domain = guest.start()
     with pytest.raises(QmpError, match="The command nonsense has not been found"):

@@ -1,0 +1,186 @@
+"""Actions on a running QEMU: how each step of a plan is done, and undone.
+
+Every undo looks at what is there and makes it what it was; it can be called whether or not the step was done, and again
+by another process (`recover`). When QEMU has died meanwhile, the files are put right instead.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from typing import Any
+
+import qcowlib
+from snapshot import offline
+from snapshot.blockgraph import BlockGraph
+from snapshot.errors import DomainSnapshotError, QmpError
+from snapshot.jobs import run_commit, run_job, wait_for_job
+from snapshot.journal import sync_directory
+from snapshot.plan import add_node_command, transaction_command
+from snapshot.qmp import Qmp, poll
+from snapshot.session import Session
+
+Arguments = dict[str, Any]
+_SAVE_DEADLINE = 3600.0
+
+
+def execute(qmp: Qmp, command: dict[str, Any], deadline: float | None = None) -> Any:  # noqa: ANN401 - QEMU's answer
+    """Run a command in its wire form."""
+    return qmp.execute(command["execute"], command.get("arguments"), deadline=deadline)
+
+
+def make_overlay(session: Session, arguments: Arguments) -> None:  # noqa: ARG001 - one signature for all actions
+    """Make an empty qcow2 file on a base that may be in use; owner and mode are the base's."""
+    path, base = arguments["path"], arguments["backing"]
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise DomainSnapshotError(f"cannot make '{path}': {error.strerror}") from error
+    try:
+        status = os.stat(base)
+        with contextlib.suppress(PermissionError):
+            os.fchown(descriptor, status.st_uid, status.st_gid)
+        os.fchmod(descriptor, status.st_mode & 0o777)
+    finally:
+        os.close(descriptor)
+    qcowlib.create_overlay(path, base, backing_fmt=arguments["format"], size=arguments["size"], check_backing=False)
+    sync(path)
+
+
+def unmake_overlay(session: Session, arguments: Arguments) -> None:
+    """Remove the overlay, unless somebody uses it."""
+    path = arguments["path"]
+    if not os.path.exists(path):
+        return
+    if session.alive() and BlockGraph.query(session.qmp).find(path) is not None:
+        raise DomainSnapshotError(f"'{path}' is still used by QEMU")
+    if os.path.getsize(path):
+        with offline.writable_or_broken(path):
+            pass
+    os.unlink(path)
+    sync_directory(os.path.dirname(path))
+
+
+def add_node(session: Session, arguments: Arguments) -> None:
+    """Let QEMU open an overlay with the cache options of the disk that it is for."""
+    like = BlockGraph.query(session.qmp).node(arguments["like"])
+    cache = like.get("cache", {})
+    options: dict[str, Any] = {"discard": "unmap"}
+    if cache:
+        options["cache"] = {"direct": cache["direct"], "no-flush": cache["no-flush"]}
+    execute(session.qmp, add_node_command(arguments["node"], arguments["path"], **options))
+
+
+def remove_node(session: Session, arguments: Arguments) -> None:
+    """Let QEMU close an overlay."""
+    if session.alive() and arguments["node"] in BlockGraph.query(session.qmp):
+        session.qmp.execute("blockdev-del", {"node-name": arguments["node"]})
+
+
+def stop(session: Session, arguments: Arguments) -> None:  # noqa: ARG001
+    """Stop the guest."""
+    session.qmp.execute("stop")
+
+
+def cont(session: Session, arguments: Arguments) -> None:  # noqa: ARG001
+    """Resume the guest, if it does not run already."""
+    if session.qmp.execute("query-status")["status"] != "running":
+        session.qmp.execute("cont")
+
+
+def ensure_running(session: Session, arguments: Arguments) -> None:  # noqa: ARG001
+    """Undo of `stop`: a guest that ran before runs."""
+    if session.was_running and session.alive():
+        cont(session, {})
+
+
+def disks(session: Session, arguments: Arguments) -> None:
+    """All disks at one instant."""
+    session.instant = time.time_ns()
+    execute(session.qmp, transaction_command(arguments["external"], arguments["internal"]))
+
+
+def undo_disks(session: Session, arguments: Arguments) -> None:
+    """Merge what was written to the overlays back, and delete the internal snapshots."""
+    if not session.alive():
+        for one in arguments["external"]:
+            offline.merge_back(one["path"], one["base"])
+        for one in arguments["internal"]:
+            offline.delete_internal(one["path"], one["name"])
+        return
+    reactivate(session)
+    graph = BlockGraph.query(session.qmp)
+    for number, one in enumerate(arguments["external"]):
+        if graph.child(one["overlay"], "backing") == one["node"]:
+            run_commit(session, f"ds-{arguments['token']}-back{number}", one["overlay"], one["node"])
+    for one in arguments["internal"]:
+        if one["name"] in stored_names(graph, one["node"]):
+            arguments_ = {"device": one["node"], "name": one["name"]}
+            session.qmp.execute("blockdev-snapshot-delete-internal-sync", arguments_)
+
+
+def reactivate(session: Session) -> None:
+    """Take the images back after a finished migration; QEMU can do this only by running the guest.
+
+    A guest that stood still before runs for the moment between two commands.
+    """
+    if session.qmp.execute("query-status")["status"] == "postmigrate":
+        session.qmp.execute("cont")
+        if not session.was_running:
+            session.qmp.execute("stop")
+
+
+def stored_names(graph: BlockGraph, node: str) -> list[str]:
+    """Names of the internal snapshots of a node."""
+    return [snapshot["name"] for snapshot in graph.node(node).get("image", {}).get("snapshots", [])]
+
+
+def save_internal(session: Session, arguments: Arguments) -> None:
+    """Memory and disks into the qcow2 files."""
+    nodes, session.instant = arguments["nodes"], time.time_ns()
+    command = {"tag": arguments["name"], "vmstate": nodes[0], "devices": nodes}
+    run_job(session, arguments["job"], "snapshot-save", command, deadline=_SAVE_DEADLINE, interruptible=False)
+
+
+def undo_save(session: Session, arguments: Arguments) -> None:
+    """Delete the snapshot on every disk that has it."""
+    name = arguments["name"]
+    if not session.alive():
+        for path in arguments["paths"]:
+            offline.delete_internal(path, name)
+        return
+    with contextlib.suppress(QmpError):
+        wait_for_job(session, arguments["job"], deadline=_SAVE_DEADLINE, interruptible=False)
+    graph = BlockGraph.query(session.qmp)
+    having = [node for node in arguments["nodes"] if name in stored_names(graph, node)]
+    if having:
+        command = {"tag": name, "devices": having}
+        run_job(session, f"{arguments['job']}-undo", "snapshot-delete", command, interruptible=False)
+
+
+def sync(path: str) -> None:
+    """Make a file and its name durable.
+
+    Raises:
+        DomainSnapshotError: the host could not write it all.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        sync_directory(os.path.dirname(path))
+    except OSError as error:
+        raise DomainSnapshotError(f"cannot make '{path}' durable: {error.strerror}") from error
+
+
+def wait_for_state(qmp: Qmp, *wanted: str, deadline: float = 60.0) -> str:
+    """Wait until the guest is in one of some run states."""
+
+    def look() -> str | None:
+        state = str(qmp.execute("query-status")["status"])
+        return state if state in wanted else None
+
+    return poll(look, deadline=deadline, what=f"the way to state {' or '.join(wanted)}")

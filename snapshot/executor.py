@@ -1,0 +1,299 @@
+"""Carrying out plans: all steps, or none.
+
+    lock -> nothing pending? -> facts -> reasons (none) -> steps -> journal -> run -> done
+                                                             failure, signal -> undo in reverse -> guest as before
+
+The journal is written before the first step and removed when all is done or undone. When this process dies between,
+`recover` undoes the steps that may have begun, or finishes an operation that had taken effect already.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import qcowlib
+from snapshot import active, agent, inactive, migration, records
+from snapshot.domain import ActiveDomain, Domain, DomainFacts
+from snapshot.errors import DomainSnapshotError, NotPossible, RecoverNeeded, UndoFailed
+from snapshot.journal import Journal, Operation
+from snapshot.model import DomainSnapshot, Liveness, SnapshotRequest
+from snapshot.plan import PathFacts, reasons, resolve, steps
+from snapshot.qmp import listening
+from snapshot.session import Progress, Session, Store
+from snapshot.step import Step
+
+#: Seconds to wait for another domsnap that works on the domain.
+LOCK_WAIT = 30.0
+
+
+def _nothing(session: Session, arguments: dict[str, Any]) -> None:
+    """Nothing to do."""
+
+
+@dataclass(frozen=True)
+class Action:
+    """How a kind of step is done and undone.
+
+    Attributes:
+        do, undo: called with the session and the step's arguments.
+        always: undone even when the undo of a later step has failed, because it puts only the guest right.
+    """
+
+    do: Callable[[Session, dict[str, Any]], None]
+    undo: Callable[[Session, dict[str, Any]], None] = _nothing
+    always: bool = False
+
+
+ACTIONS = {
+    "make-overlay": Action(active.make_overlay, active.unmake_overlay),
+    "add-node": Action(active.add_node, active.remove_node),
+    "stop": Action(active.stop, active.ensure_running, always=True),
+    "cont": Action(active.cont),
+    "disks": Action(active.disks, active.undo_disks),
+    "save-internal": Action(active.save_internal, active.undo_save),
+    "make-memory-file": Action(migration.make_memory_file, migration.unmake_memory_file, always=True),
+    "memory": Action(migration.write_memory, migration.cancel_memory, always=True),
+    "end-memory": Action(migration.end_memory),
+    "keep-memory": Action(migration.keep_memory),
+    "freeze": Action(agent.freeze, agent.thaw, always=True),
+    "thaw": Action(agent.thaw),
+    "hold": Action(inactive.hold, inactive.let_go, always=True),
+    "create-internal": Action(inactive.create_internal, inactive.delete_internal),
+    "record": Action(records.record, records.unrecord),
+}
+
+
+def create(
+    domain: Domain,
+    catalog: Store,
+    request: SnapshotRequest,
+    *,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+    wait: float = LOCK_WAIT,
+) -> DomainSnapshot | list[Step]:
+    """Take a snapshot of a domain.
+
+    Args:
+        domain: active or inactive.
+        catalog: where it is entered.
+        request: what is asked for.
+        dry_run: only say what would be done.
+        progress: called with each step, and with the progress of long ones.
+        wait: seconds to wait for another domsnap.
+
+    Returns: the snapshot; the steps for a dry run.
+
+    Raises:
+        NotPossible: with everything that is against it; nothing was touched.
+        DomainBusy, RecoverNeeded: nothing was touched.
+        UndoFailed: it failed, and could not be undone wholly.
+        DomainSnapshotError, QcowError, OSError: it failed, and everything was undone.
+    """
+    with _exclusive(catalog, wait, dry_run=dry_run) as journal:
+        layers = journal.layers()
+        facts = domain.facts(layers)
+        if request.liveness is Liveness.BACKGROUND and isinstance(domain, ActiveDomain):
+            request = _without_background(domain, request, progress)
+        resolved = resolve(request, facts)
+        against = reasons(resolved, _host_facts(resolved.paths()), [one.name for one in catalog.load()])
+        if against:
+            raise NotPossible(f"create snapshot '{request.name}'", against)
+        token = secrets.token_hex(4)
+        plan = steps(resolved, token)
+        current = catalog.current
+        undo = {"current": current, "layers_before": layers}
+        plan = [replace(s, arguments=s.arguments | undo) if s.action == "record" else s for s in plan]
+        if dry_run:
+            return plan
+        session = _session(domain, catalog, journal, facts, progress)
+        session.draft = records.draft(resolved, current)
+        run(session, _operation("create", request.name, domain, facts, token, plan))
+        assert session.draft is not None
+        return session.draft
+
+
+def recover(domain: Domain, catalog: Store, *, progress: Progress | None = None, wait: float = LOCK_WAIT) -> list[str]:
+    """Undo or finish the operation that was cut off.
+
+    Args:
+        domain: the same domain; active or inactive, as it is now.
+        catalog: its catalog.
+        progress: called with each step.
+        wait: seconds to wait for another domsnap.
+
+    Returns: what was done, for people; empty when nothing was pending.
+
+    Raises:
+        UndoFailed: something could not be undone; the journal is kept.
+        DomainSnapshotError: the domain's QEMU runs and was not given.
+    """
+    journal = Journal(os.fspath(catalog.directory))
+    with journal.locked(wait):
+        pending = journal.pending()
+        if pending is None:
+            return []
+        operation = pending.operation
+        if not isinstance(domain, ActiveDomain) and operation.socket is not None and listening(operation.socket):
+            raise DomainSnapshotError(f"the domain's QEMU still runs: give its QMP socket '{operation.socket}'")
+        session = _session(domain, catalog, journal, None, progress)
+        session.was_running, session.agent_socket = operation.was_running, operation.agent_socket
+        session.interrupt.deaf = True
+        journal.resume()
+        name = f"{operation.kind} of '{operation.name}'"
+        try:
+            if pending.committed:
+                last = next(i for i, step in enumerate(operation.steps) if step.commits)
+                for index in range(last + 1, len(operation.steps)):
+                    step = operation.steps[index]
+                    session.report(step.text, index, len(operation.steps))
+                    ACTIONS[step.action].do(session, step.arguments)
+                done = f"finished the {name}"
+            else:
+                failures = _undo(session, operation, pending.begun)
+                if failures:
+                    raise UndoFailed(DomainSnapshotError(f"the {name} was cut off"), failures)
+                done = f"undid the {name}"
+            journal.finish()
+            return [done]
+        finally:
+            journal.leave()
+            session.release()
+
+
+def run(session: Session, operation: Operation) -> None:
+    """Run an operation; on failure or signal undo it."""
+    journal, plan = session.journal, operation.steps
+    journal.start(operation)
+    begun: set[int] = set()
+    committed = False
+    with session.interrupt.listening():
+        try:
+            for index, step in enumerate(plan):
+                if not committed:
+                    session.interrupt.check()
+                if index not in begun:
+                    group = _group(plan, index)
+                    begun.update(group)
+                    journal.begin(group)
+                session.report(step.text, index, len(plan))
+                ACTIONS[step.action].do(session, step.arguments)
+                if step.commits:
+                    session.interrupt.check()
+                    journal.commit()
+                    committed = session.interrupt.deaf = True
+            journal.finish()
+        except BaseException as error:
+            if committed:
+                raise RecoverNeeded(
+                    f"the {operation.kind} of '{operation.name}' has taken effect, but its last step failed: {error}; "
+                    "run recover to finish it"
+                ) from error
+            session.interrupt.deaf = True
+            failures = _undo(session, operation, begun)
+            if failures:
+                raise UndoFailed(error, failures) from error
+            journal.finish()
+            raise
+        finally:
+            journal.leave()
+            session.release()
+
+
+def _group(plan: tuple[Step, ...], index: int) -> list[int]:
+    """A step, and those behind it that run while the guest stands: noted together, so that no sync adds to the pause."""
+    last = index + 1
+    while last < len(plan) and plan[last].paused:
+        last += 1
+    return list(range(index, last))
+
+
+def _undo(session: Session, operation: Operation, begun: set[int]) -> list[str]:
+    """Undo steps in reverse; returns what could not be undone.
+
+    After a failure only those go on that touch no file of a disk: the rest may depend on what failed.
+    """
+    failures: list[str] = []
+    for index in sorted(begun, reverse=True):
+        step = operation.steps[index]
+        action = ACTIONS[step.action]
+        if failures and not action.always:
+            continue
+        try:
+            action.undo(session, step.arguments)
+        except (DomainSnapshotError, qcowlib.QcowError, OSError) as error:
+            failures.append(f"{step.text}: {error}")
+    try:
+        active.ensure_running(session, {})
+    except DomainSnapshotError as error:
+        failures.append(f"resume the guest: {error}")
+    return failures
+
+
+@contextlib.contextmanager
+def _exclusive(catalog: Store, wait: float, *, dry_run: bool) -> Iterator[Journal]:
+    """The domain's journal, with nobody else at it and nothing pending."""
+    journal = Journal(os.fspath(catalog.directory))
+    with contextlib.nullcontext() if dry_run else journal.locked(wait):
+        pending = journal.pending()
+        if pending is not None:
+            raise RecoverNeeded(
+                f"an earlier {pending.operation.kind} of '{pending.operation.name}' was cut off: run recover first"
+            )
+        yield journal
+
+
+def _session(
+    domain: Domain, catalog: Store, journal: Journal, facts: DomainFacts | None, progress: Progress | None
+) -> Session:
+    return Session(
+        domain.qmp if isinstance(domain, ActiveDomain) else None,
+        catalog,
+        journal,
+        facts=facts,
+        was_running=facts is not None and facts.run_state == "running",
+        agent_socket=None if facts is None else facts.agent_socket,
+        progress=progress,
+    )
+
+
+def _operation(kind: str, name: str, domain: Domain, facts: DomainFacts, token: str, plan: list[Step]) -> Operation:
+    return Operation(
+        kind=kind,
+        name=name,
+        domain=facts.name,
+        token=token,
+        socket=domain.qmp.path if isinstance(domain, ActiveDomain) else None,
+        agent_socket=facts.agent_socket,
+        was_running=facts.run_state == "running",
+        steps=tuple(plan),
+    )
+
+
+def _without_background(domain: ActiveDomain, request: SnapshotRequest, progress: Progress | None) -> SnapshotRequest:
+    """A live snapshot where a background one is not possible; says so."""
+    reason = migration.background_possible(domain.qmp)
+    if reason is None:
+        return request
+    if progress is not None:
+        progress(f"background snapshots are not possible here (QEMU: {reason}): taking it live", 0, 0)
+    return replace(request, liveness=Liveness.LIVE)
+
+
+def _host_facts(paths: set[str]) -> dict[str, PathFacts]:
+    """What the host says about file names."""
+    found = {}
+    for path in paths:
+        directory = os.path.dirname(path) or "."
+        usable = os.path.isdir(directory) and os.access(directory, os.W_OK | os.X_OK)
+        free, device = 0, -1
+        if os.path.isdir(directory):
+            status = os.statvfs(directory)
+            free, device = status.f_bavail * status.f_frsize, os.stat(directory).st_dev
+        found[path] = PathFacts(os.path.lexists(path), usable, free, device)
+    return found

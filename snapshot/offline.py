@@ -1,0 +1,82 @@
+"""Single changes of image files that nobody uses: done wholly or not at all, and harmless when done again."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import qcowlib
+from snapshot.domain import backing_path, same_file
+from snapshot.session import unlocked
+
+_LOCAL = qcowlib.LocalFiles()
+
+
+def merge_back(overlay: str, base: str) -> None:
+    """Write what an overlay holds to its base, if it is still based on it; the overlay stays.
+
+    Raises:
+        QcowError: the images cannot be read or written; both read as before.
+    """
+    below = backing_path(overlay) if os.path.exists(overlay) else None
+    if below is None or not same_file(below, base):
+        return
+    with unlocked(lambda: open_layer(overlay)) as top:
+        if qcowlib.allocated_bytes(top) or holds_zeroes(top):
+            with unlocked(lambda: open_writable(base)) as bottom:
+                qcowlib.commit(top, bottom)
+
+
+def holds_zeroes(image: qcowlib.BlockImage) -> bool:
+    """Whether an image's own layer says of anything that it is zero."""
+    zero = int(qcowlib.ExtentKind.ZERO)
+    return any((table.kind == zero).any() for table in image.layer_extents(0, image.size))
+
+
+def delete_internal(path: str, name: str) -> None:
+    """Delete the internal snapshot of a name, if it is there."""
+    with unlocked(lambda: open_layer(path)) as image:
+        found = any(stored.name == name for stored in image.snapshots)
+    if found:
+        with unlocked(lambda: open_writable_layer(path)) as image:
+            for stored in [stored for stored in image.snapshots if stored.name == name]:
+                qcowlib.delete_snapshot(image, stored)
+
+
+def open_layer(path: str) -> qcowlib.Qcow2Image:
+    """A qcow2 file alone, without what it is based on; for reading."""
+    image = qcowlib.open_image(path, format="qcow2", open_backing=False)
+    assert isinstance(image, qcowlib.Qcow2Image)
+    return image
+
+
+def open_writable_layer(path: str) -> qcowlib.WritableQcow2Image:
+    """The same, for changes of its snapshots or of its header."""
+    image = qcowlib.open_image(path, format="qcow2", writable=True, open_backing=False)
+    assert isinstance(image, qcowlib.WritableQcow2Image)
+    return image
+
+
+def open_writable(path: str) -> qcowlib.WritableQcow2Image | qcowlib.WritableRawImage:
+    """An image with its chain, for writing; the format is what the file's first bytes say, raw otherwise."""
+    return qcowlib.open_image(path, format=format_of(path), writable=True, policy=_LOCAL)
+
+
+def format_of(path: str) -> str:
+    """ "qcow2" or "raw"; only for files that this package or the domain's description names."""
+    with open(path, "rb") as file:
+        return "qcow2" if file.read(4) == b"QFI\xfb" else "raw"
+
+
+@contextlib.contextmanager
+def writable_or_broken(path: str) -> Iterator[None]:
+    """Hold a file's lock; a file that is no image (a creation that was cut off) has none.
+
+    Raises:
+        ImageLocked: somebody uses it.
+    """
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(qcowlib.FormatError, qcowlib.OptionError):
+            held.enter_context(unlocked(lambda: open_writable_layer(path)))
+        yield

@@ -1,0 +1,22 @@
+"""Domains that end with their test."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.live.rig import Rig
+
+
+@pytest.fixture
+def rig(tmp_path: Path) -> Iterator[Callable[..., Rig]]:
+    """Make a domain: `rig("qcow2", "raw", memory=4)`."""
+    rigs: list[Rig] = []
+
+    def make(*formats: str, **options: int) -> Rig:
+        rigs.append(Rig(tmp_path, *formats, **options))  # type: ignore[arg-type]
+        return rigs[-1]
+
+    yield make
+    for one in rigs:
+        one.close()
