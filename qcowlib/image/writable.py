@@ -9,6 +9,7 @@ from typing import cast
 
 from qcowlib.codecs.sector_cipher import ClusterCipher
 from qcowlib.errors import ImageStateError, OptionError, QcowError
+from qcowlib.extents import ExtentTable
 from qcowlib.format.bitmap_directory import BitmapEntry
 from qcowlib.format.entries import compressed_entry
 from qcowlib.image.qcow2 import SECTOR_SIZE, Qcow2Image
@@ -78,6 +79,16 @@ class WritableQcow2Image(Qcow2Image):
         """Fill the whole buffer from `offset` (see `BlockImage.readinto`)."""
         with self._lock:
             return super().readinto(offset, buffer)
+
+    def layer_extents(self, offset: int, length: int) -> Iterator[ExtentTable]:
+        """Rows of this layer alone; a writer comes in between two batches only."""
+        batches = super().layer_extents(offset, length)
+        while True:
+            with self._lock:
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
 
     def write(self, offset: int, data: Buffer) -> None:
         """Write all of `data` at guest offset `offset`.
@@ -161,6 +172,9 @@ class WritableQcow2Image(Qcow2Image):
         """
         if self.cipher is not None:
             data = self.cipher.encrypt(data, guest if self.cipher.by_guest_offset else host)
+        if self.header.has_data_file:
+            # A raw data file is as long as the disk: what fills up the last cluster does not belong into it.
+            data = memoryview(data)[: max(0, self.header.size - guest)]
         self._data_storage.pwrite(data, host)
 
     def flush(self) -> None:

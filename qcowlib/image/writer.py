@@ -278,7 +278,8 @@ class ClusterWriter:
 
     def _zero_in_data_file(self, table: L2Table, first: int, last: int, guest: int) -> None:
         """With an external data file clusters keep their place there; the file gets the zeroes as well."""
-        self._transaction.data_storage.write_zeroes(guest, (last - first) << self._geometry.cluster_bits)
+        length = min((last - first) << self._geometry.cluster_bits, self._state.header.size - guest)
+        self._transaction.data_storage.write_zeroes(guest, length)
         entries = table.entries[first:last].astype(np.uint64)
         if table.bitmaps is not None:
             table.bitmaps[first:last] = SUBCLUSTERS_ZERO
