@@ -16,14 +16,17 @@ SYNTAX = Syntax(
         Option("list", "l", "", None, "list the snapshots; times are local"),
         Option("apply", "a", "", "SNAPSHOT", "make the disk what it was, size included; SNAPSHOT is an id or a name"),
         Option("create", "c", "", "NAME", "keep the present state of the disk under a name"),
-        Option("delete", "d", "", "NAME", "delete the first snapshot of this name and give its space back to the image"),
+        Option(
+            "delete", "d", "", "NAME", "delete the first snapshot of this name and give its space back to the image"
+        ),
         OUTPUT,
         QUIET,
         OBJECT,
         IMAGE_OPTS,
         FORCE_SHARE,
     ),
-    "The backing file is not opened. For -a an id wins over a name.\nExit codes: 0 done, 1 not done and nothing changed.",
+    "The backing file is not opened. For -a an id wins over a name.\n"
+    "Exit codes: 0 done, 1 not done and nothing changed.",
 )
 
 _ACTIONS = ("list", "apply", "create", "delete")

@@ -8,13 +8,15 @@ Failures are told as qemu-img does: Could not open 'FILENAME as given': reason.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from qcowlib.cli.common import CommandFailed, program_name, report
 from qcowlib.cli.options import Arguments, parse_key_values
 from qcowlib.cli.qapi import Value, dumps
 from qcowlib.cli.secrets import read_secrets
-from qcowlib.errors import ChainError, QcowError
+from qcowlib.errors import ChainError, OptionError, QcowError, StorageError
 
 if TYPE_CHECKING:
     from qcowlib.image.qcow2 import Qcow2Image
@@ -38,13 +40,28 @@ class ImageName(NamedTuple):
         text: the name as given, for messages.
         shown: the name that info shows.
         reference: the local file and the way to look at it.
-        passphrase: for an encrypted image.
+        key_secret: id of the secret with the passphrase.
+        secrets: passphrases by id.
     """
 
     text: str
     shown: str
     reference: Reference
-    passphrase: bytes | None = None
+    key_secret: str | None = None
+    secrets: Mapping[str, bytes] = MappingProxyType({})
+
+    @property
+    def passphrase(self) -> bytes | None:
+        """The passphrase; None when no secret is named.
+
+        Raises:
+            CommandFailed: the secret that is named does not exist.
+        """
+        if self.key_secret is None:
+            return None
+        if self.key_secret not in self.secrets:
+            raise CommandFailed(f"Could not open '{self.text}': No secret with id '{self.key_secret}'")
+        return self.secrets[self.key_secret]
 
     @staticmethod
     def of_file(text: str, image_format: str | None = None) -> ImageName:
@@ -105,7 +122,7 @@ def open_image_name(name: ImageName, *, force_share: bool, open_backing: bool) -
             name.reference,
             policy=LocalFiles(),
             force_share=force_share,
-            passphrase=name.passphrase,
+            passphrase=name.passphrase if open_backing else None,
             open_backing=open_backing,
         )
     except QcowError as error:
@@ -124,7 +141,7 @@ def open_image_name_for_writing(name: ImageName, *, open_backing: bool) -> Writa
             name.reference,
             writable=True,
             policy=LocalFiles(),
-            passphrase=name.passphrase,
+            passphrase=name.passphrase if open_backing else None,
             open_backing=open_backing,
         )
     except QcowError as error:
@@ -153,6 +170,8 @@ def _warn_of_stale_bitmaps(image: Qcow2Image | RawImage) -> None:
 
 def not_opened(name: ImageName, error: QcowError) -> CommandFailed:
     """The message for an image that cannot be opened."""
+    if isinstance(error, StorageError) and "driver requires" in str(error.cause.strerror):
+        error = OptionError(str(error.cause.strerror))  # what is no file at all: qemu-img says so without a prefix
     return CommandFailed(f"Could not open '{name.text}': {error}", repeat=False)
 
 
@@ -171,16 +190,14 @@ def _parsed(text: str, name: str, image_format: str | None, secrets: dict[str, b
         if reference.format not in (None, image_format):
             raise CommandFailed(f"Could not open '{text}': Driver specified twice")
         reference = replace(reference, format=image_format)
+    if not reference.path:
+        raise CommandFailed(f"Could not open '{text}': The 'file' block driver requires a file name")
     key_secrets = _key_secrets(name)
     if len(key_secrets) > 1:
         raise CommandFailed(f"Could not open '{text}': one passphrase for the whole chain is supported, not several")
-    missing = next((secret for secret in key_secrets if secret not in secrets), None)
-    if missing is not None:
-        raise CommandFailed(f"Could not open '{text}': No secret with id '{missing}'")
     key_secret = next(iter(key_secrets), None)
-    passphrase = None if key_secret is None else secrets[key_secret]
     shown = _shown(reference, key_secret, as_texts=not text.startswith("json:"))
-    return ImageName(text, shown, reference, passphrase)
+    return ImageName(text, shown, reference, key_secret, secrets)
 
 
 def _key_secrets(name: str) -> set[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -86,16 +88,13 @@ def test_encrypted(folder: Path, name: str, command: list[str]) -> None:
 
 @pytest.mark.parametrize("arguments", [["-l"], [], ["-q", "-l"], ["-U", "-l"]])
 def test_snapshot_list(folder: Path, arguments: list[str]) -> None:
-    for name in ("snapshots", "plain", "raw"):
+    for name in ("snapshots", "plain", *(["raw"] if arguments else [])):  # without -l the stock tool opens for writing
         assert assert_same(folder, "snapshot", *arguments, name).code == 0
 
 
 @pytest.mark.parametrize("zone", ["UTC", "Asia/Kathmandu", "America/New_York"])
 def test_times_are_local(folder: Path, zone: str) -> None:
     got = process(folder, "snapshot", "-l", "snapshots", TZ=zone)
-    import os
-    import subprocess
-
     expected = subprocess.run(
         ["qemu-img", "snapshot", "-l", "snapshots"],
         cwd=folder,

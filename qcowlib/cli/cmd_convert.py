@@ -1,0 +1,330 @@
+"""qcow convert: an image, or one of its snapshots, copied into a new image or an existing one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from qcowlib.cli.common import (
+    FORCE_SHARE,
+    IMAGE_OPTS,
+    OBJECT,
+    PROGRESS,
+    QUIET,
+    SHORT_FORMAT,
+    CommandFailed,
+    cache_mode,
+    report_error,
+    size_argument,
+)
+from qcowlib.cli.creation_options import (
+    library_options,
+    parse_creation_options,
+    print_option_help,
+    require_creatable,
+)
+from qcowlib.cli.opening import ImageName, image_name, not_opened, open_image_name, options_name
+from qcowlib.cli.options import Arguments, Option, Syntax, help_wanted, join_option_lists, parse_key_values
+from qcowlib.cli.progress import Progress
+from qcowlib.cli.secrets import read_secrets
+from qcowlib.errors import ChainError, ImageLocked, ImageStateError, OptionError, QcowError, StorageError
+
+if TYPE_CHECKING:
+    from concurrent.futures import Executor
+
+    from qcowlib.image.qcow2 import Qcow2Image
+    from qcowlib.image.raw import RawImage
+    from qcowlib.image.reader import ReadableImage
+
+SYNTAX = Syntax(
+    "convert",
+    "[OPTIONS] FILENAME OUTPUT_FILENAME",
+    (
+        SHORT_FORMAT._replace(help="format of the source: qcow2 or raw (default: by its content)"),
+        Option("target-format", "O", "", "FMT", "format of the target: raw (default) or qcow2"),
+        Option("options", "o", "", "OPTIONS", "name=value,... of the target; -o help lists them"),
+        Option(
+            "snapshot", "l", "", "SNAPSHOT", "read this snapshot: an id or name, or snapshot.id=ID,snapshot.name=NAME"
+        ),
+        Option("compressed", "c", "", None, "write compressed clusters (qcow2)"),
+        Option("backing", "B", "", "FILE", "backing file of the target, with the content of the source's own"),
+        Option("backing-format", "F", "", "FMT", "format of that backing file"),
+        Option("no-create", "n", "", None, "write into an existing target"),
+        Option("target-is-zero", "", "target-is-zero", None, "with -n: the target is known to read as zeroes"),
+        Option("target-image-opts", "", "target-image-opts", None, "with -n: OUTPUT_FILENAME is a list of options"),
+        Option("sparse-size", "S", "", "BYTES", "zeroes that make a hole (default: 4k; 0: write all of them)"),
+        Option("threads", "m", "", "COUNT", "at most so many threads (1 to 16, default: 8)"),
+        Option("out-of-order", "W", "", None, "allow to write out of order"),
+        Option("rate-limit", "r", "", "BYTES", "copy at most so many bytes in a second"),
+        Option("copy-offload", "C", "", None, "the host may copy by itself; not with -c and -S"),
+        Option("cache", "t", "", "CACHE", "cache mode of the target; it is on disk at the end in all of them"),
+        Option("source-cache", "T", "", "CACHE", "cache mode of the source; reading is the same in all of them"),
+        Option("salvage", "", "salvage", None, "not available yet"),
+        Option("bitmaps", "", "bitmaps", None, "not available yet"),
+        Option("skip-broken-bitmaps", "", "skip-broken-bitmaps", None, "not available yet"),
+        PROGRESS,
+        QUIET,
+        OBJECT,
+        IMAGE_OPTS,
+        FORCE_SHARE,
+    ),
+    "A snapshot is read with its own disk size. Exit codes: 0 done, 1 failed (a new target is removed again).",
+)
+
+_MAX_THREADS = 16
+_SECTOR = 512
+_MAX_SPARSE_SIZE = 32768 * _SECTOR
+
+
+class _Target(NamedTuple):
+    """What is written: a name for messages, a path, a format, a backing file, creation options."""
+
+    text: str
+    path: str
+    format: str
+    passphrase: bytes | None = None
+    backing_file: str | None = None
+    backing_format: str | None = None
+    options: dict[str, Any] = {}  # noqa: RUF012 - never changed
+
+
+def run(arguments: Arguments) -> int:
+    """Convert one image."""
+    sparse_size = _sparse_size(arguments)
+    threads = _threads(arguments)
+    rate = size_argument(arguments.last("rate-limit") or "0", "rate limit")
+    option_text = join_option_lists(arguments.all("options"))
+    _refuse_contradictions(arguments, option_text)
+    sources, filename = arguments.operands[:-1], arguments.operands[-1] if len(arguments.operands) > 1 else None
+    if help_wanted(option_text):
+        print_option_help(arguments.last("target-format") or "raw", filename)
+        return 0
+    if filename is None:
+        raise CommandFailed("Must specify image file name")
+    cache_mode(arguments.last("source-cache"), "writeback", "Invalid source cache option")
+    _refuse_missing_features(arguments, sources)
+    enabled = arguments.has("progress") and not arguments.has("quiet")
+    progress = Progress(enabled=enabled, bytes_per_second=rate)
+    progress.start()
+    code = 1
+    try:
+        with _source(arguments, sources[0]) as source, _executor(threads) as executor:
+            target = _target(arguments, filename, option_text)
+            cache_mode(arguments.last("cache"), "unsafe", "Invalid cache option")
+            _convert(arguments, source, target, sparse_size, executor, progress)
+        code = 0
+    except QcowError as error:
+        code = report_error(error)
+    finally:
+        progress.end(complete=code == 0)
+    return code
+
+
+def _convert(
+    arguments: Arguments,
+    source: ReadableImage,
+    target: _Target,
+    sparse_size: int,
+    executor: Executor | None,
+    progress: Progress,
+) -> None:
+    from qcowlib.image.policy import LocalFiles
+    from qcowlib.operations.convert import convert
+
+    create = not arguments.has("no-create")
+    try:
+        convert(
+            source,
+            target.path,
+            target_format=target.format,
+            create=create,
+            compressed=arguments.has("compressed"),
+            backing_file=target.backing_file,
+            backing_fmt=target.backing_format,
+            sparse_size=sparse_size,
+            target_is_zero=arguments.has("target-is-zero"),
+            policy=LocalFiles(),
+            target_passphrase=target.passphrase,
+            executor=executor,
+            progress=progress,
+            **target.options,
+        )
+    except (OptionError, ImageStateError, ChainError, StorageError) as error:
+        raise _about_target(target, error, create=create) from error
+
+
+def _about_target(target: _Target, error: QcowError, *, create: bool) -> QcowError:
+    """The error with qemu-img's words before it, when it is about the target."""
+    if isinstance(error, StorageError) and (error.name != target.path or error.action in {"read", "write"}):
+        return error
+    if not create and isinstance(error, OptionError | ImageStateError) and not isinstance(error, ImageLocked):
+        return error
+    if not create:
+        return CommandFailed(f"Could not open '{target.text}': {error}", repeat=False)
+    return CommandFailed(f"{target.text}: error while converting {target.format}: {error}", repeat=False)
+
+
+@contextmanager
+def _source(arguments: Arguments, filename: str) -> Iterator[ReadableImage]:
+    """The image to read, or the snapshot in it."""
+    name = image_name(arguments, filename)
+    snapshot = arguments.last("snapshot")
+    selection = None if snapshot is None else _selection(snapshot)
+    with open_image_name(name, force_share=arguments.has("force-share"), open_backing=True) as image:
+        yield image if selection is None else _open_snapshot(image, selection)
+
+
+def _selection(text: str) -> dict[str, str]:
+    """Keyword arguments of `open_snapshot` for a -l argument."""
+    if not text.startswith("snapshot."):
+        return {"id_or_name": text}
+    names = {"snapshot.id": "snapshot_id", "snapshot.name": "name"}
+    selection = {}
+    for element in parse_key_values(text):
+        if element.name not in names:
+            raise CommandFailed(f"Invalid parameter '{element.name}'\nFailed in parsing snapshot param '{text}'")
+        selection[names[element.name]] = element.value
+    return selection
+
+
+def _open_snapshot(image: Qcow2Image | RawImage, selection: dict[str, str]) -> ReadableImage:
+    from qcowlib.image.raw import RawImage
+
+    if isinstance(image, RawImage):
+        raise CommandFailed(
+            "Failed to load snapshot: Block format 'raw' used by device '' does not support temporarily loading "
+            "internal snapshots"
+        )
+    try:
+        return image.open_snapshot(**selection)
+    except QcowError as error:
+        raise CommandFailed(f"Failed to load snapshot: {error}") from error
+
+
+def _target(arguments: Arguments, filename: str, option_text: str | None) -> _Target:
+    secrets = read_secrets(arguments)
+    image_format = arguments.last("target-format")
+    if arguments.has("no-create"):
+        return _existing_target(arguments, filename, image_format, secrets)
+    image_format = image_format or "raw"
+    try:
+        require_creatable(image_format)
+        values = parse_creation_options(image_format, option_text)
+        options = library_options(values, secrets)
+    except OptionError as error:
+        raise CommandFailed(str(error), repeat=False) from error
+    backing = arguments.last("backing") or values.get("backing_file")
+    backing_format = arguments.last("backing-format") or values.get("backing_fmt")
+    if image_format == "raw" and backing is not None:
+        raise CommandFailed("Backing file not supported for file format 'raw'")
+    if image_format == "raw" and backing_format is not None:
+        raise CommandFailed("Backing file format not supported for file format 'raw'")
+    if backing is not None and backing_format is None:
+        raise CommandFailed("Use of backing file requires explicit backing format")
+    _refuse_compression(arguments, image_format, options)
+    path = ImageName.of_file(filename).reference.path
+    return _Target(filename, path, image_format, None, backing, backing_format, options)
+
+
+def _existing_target(
+    arguments: Arguments, filename: str, image_format: str | None, secrets: dict[str, bytes]
+) -> _Target:
+    if arguments.has("target-image-opts"):
+        name = options_name(filename, secrets)
+    else:
+        name = ImageName.of_file(filename, image_format or "raw")
+    if name.reference.windows or name.reference.backing is not None:
+        raise not_opened(name, OptionError("a target can be described by driver, file name and key alone"))
+    if name.reference.format is None:
+        raise not_opened(name, OptionError("the target's options have to say its driver"))
+    _refuse_compression(arguments, name.reference.format, {})
+    return _Target(filename, name.reference.path, name.reference.format, name.passphrase)
+
+
+def _refuse_compression(arguments: Arguments, image_format: str, options: dict[str, Any]) -> None:
+    if not arguments.has("compressed"):
+        return
+    if image_format == "raw":
+        raise CommandFailed("Compression not supported for this file format")
+    if "encrypt_format" in options:
+        raise CommandFailed("Compression and encryption not supported at the same time")
+    if options.get("preallocation", "off") != "off":
+        raise CommandFailed("Compression and preallocation not supported at the same time")
+
+
+def _sparse_size(arguments: Arguments) -> int:
+    text = arguments.last("sparse-size")
+    if text is None:
+        return 4096
+    size = size_argument(text, "buffer size for sparse output")
+    if size % _SECTOR or size > _MAX_SPARSE_SIZE:
+        raise CommandFailed(
+            f"Invalid buffer size for sparse output specified. Valid sizes are multiples of {_SECTOR} up to "
+            f"{_MAX_SPARSE_SIZE}. Select 0 to disable sparse detection (fully allocates output)."
+        )
+    return size
+
+
+def _threads(arguments: Arguments) -> int:
+    text = arguments.last("threads") or "8"
+    try:
+        threads = int(text, 0)
+    except ValueError:
+        threads = 0
+    if not 1 <= threads <= _MAX_THREADS:
+        raise CommandFailed(
+            f"Invalid number of coroutines. Allowed number of coroutines is between 1 and {_MAX_THREADS}"
+        )
+    return threads
+
+
+@contextmanager
+def _executor(threads: int) -> Iterator[Executor | None]:
+    """Threads for reading and compressing; more than the processors have does not help."""
+    import os
+
+    threads = min(threads, os.cpu_count() or 1)
+    if threads == 1:
+        yield None
+        return
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(threads) as executor:
+        yield executor
+
+
+def _refuse_contradictions(arguments: Arguments, option_text: str | None) -> None:
+    creates = not arguments.has("no-create")
+    for contradicts, message in (
+        (
+            arguments.has("skip-broken-bitmaps") and not arguments.has("bitmaps"),
+            "Use of --skip-broken-bitmaps requires --bitmaps",
+        ),
+        (
+            arguments.has("compressed") and arguments.has("copy-offload"),
+            "Cannot enable copy offloading when -c is used",
+        ),
+        (
+            arguments.has("sparse-size") and arguments.has("copy-offload"),
+            "Cannot enable copy offloading when -S is used",
+        ),
+        (
+            arguments.has("salvage") and arguments.has("copy-offload"),
+            "Cannot use copy offloading in salvaging mode",
+        ),
+        (arguments.has("target-image-opts") and creates, "--target-image-opts requires use of -n flag"),
+        (option_text is not None and not creates, "-o has no effect when skipping image creation"),
+        (arguments.has("target-is-zero") and creates, "--target-is-zero requires use of -n flag"),
+    ):
+        if contradicts:
+            raise CommandFailed(message)
+
+
+def _refuse_missing_features(arguments: Arguments, sources: list[str]) -> None:
+    if len(sources) > 1:
+        raise CommandFailed("joining several images is not available yet")
+    if arguments.has("bitmaps"):
+        raise CommandFailed("copying bitmaps is not available yet")
+    if arguments.has("salvage"):
+        raise CommandFailed("salvaging is not available yet")
