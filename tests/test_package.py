@@ -101,3 +101,12 @@ def test_the_command_is_installed() -> None:
     assert (done.returncode, done.stderr) == (0, "")
     for verb in ("create", "info", "check", "map", "snapshot", "convert", "dd"):
         assert verb in done.stdout
+
+
+def test_the_example_of_the_readme_runs(tmp_path: Path) -> None:
+    text = (CHECKOUT / "README.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[:2] == ["b'other state'", "b'first state'"]
+    assert done.stdout.splitlines()[-1] == "[]"

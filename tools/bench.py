@@ -15,13 +15,14 @@ import subprocess
 import sys
 import tempfile
 import time
-import tomllib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import check
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tools import check
 
 ENVIRONMENT = check.ROOT / ".venv-bench"
 IMAGES = Path(__file__).with_name("bench_images.py")
@@ -268,10 +269,7 @@ def set_up() -> Path:
     python = ENVIRONMENT / "bin" / "python"
     if not python.exists():
         check.make_environment(ENVIRONMENT)
-    project = tomllib.loads((check.ROOT / "pyproject.toml").read_text())
-    check.pip_install(
-        python, f"{check.ROOT}[{check.EXTRAS}]", *check.requirements(), *project["dependency-groups"]["bench"]
-    )
+    check.pip_install(python, check.with_extras(check.ROOT), *check.requirements(), *check.requirements("bench"))
     return python
 
 

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -130,11 +131,19 @@ def install_qemu() -> None:
     apt_install(missing)
 
 
-def requirements() -> list[str]:
-    """The test tools: the dependency group `dev`."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    group: list[str] = project["dependency-groups"]["dev"]
-    return group
+def requirements(group: str = "dev") -> list[str]:
+    """A dependency group of the project; `dev` are the test tools."""
+    found: list[str] = _project()["dependency-groups"][group]
+    return found
+
+
+def with_extras(package: str | Path) -> str:
+    """The package with all its optional dependencies, as pip wants it."""
+    return f"{package}[{','.join(_project()['project']['optional-dependencies'])}]"
+
+
+def _project() -> dict[str, Any]:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def make_environment(directory: Path) -> Path:
@@ -160,7 +169,7 @@ def prepare_environment() -> Path:
     wanted = hashlib.sha256((ROOT / "pyproject.toml").read_bytes() + sys.version.encode()).hexdigest()
     if not (python.exists() and stamp.exists() and stamp.read_text() == wanted):
         make_environment(ENVIRONMENT)
-        pip_install(python, "--editable", f"{ROOT}[{EXTRAS}]", *requirements())
+        pip_install(python, "--editable", with_extras(ROOT), *requirements())
         stamp.write_text(wanted)
     return python
 
@@ -210,12 +219,13 @@ def test_wheel(totals: Totals, work: Path) -> None:
     run(python, "-m", "pip", "wheel", "-qq", "--no-deps", "--wheel-dir", work, ROOT)
     (wheel,) = work.glob("*.whl")
     runners = [each for each in requirements() if each.startswith(("pytest", "hypothesis"))]
-    pip_install(python, f"{wheel}[{EXTRAS}]", *runners)
+    pip_install(python, with_extras(wheel), *runners)
     copy = work / "copy"
     for folder in ("tests", "fixtures"):
         if (ROOT / folder).is_dir():
             shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", copy)
+    for file in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / file, copy)
     code = f"import qcowlib, snapshot; assert all(m.__file__.startswith({str(work)!r}) for m in (qcowlib, snapshot))"
     run(python, "-c", code, cwd=copy)
     corpus = os.environ.get("QCOWLIB_CORPUS") or str(ROOT.parent / "shared" / "corpus")

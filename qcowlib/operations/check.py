@@ -14,8 +14,10 @@ from typing import Protocol
 
 import numpy as np
 
+from qcowlib.errors import UnsupportedFeature
 from qcowlib.findings import CheckReport, Severity
 from qcowlib.format.entries import REFCOUNT_TABLE_OFFSET_MASK, offsets
+from qcowlib.image.interface import BlockImage
 from qcowlib.metadata.census import Census, census
 from qcowlib.metadata.comparison import Comparison, Differences
 from qcowlib.metadata.copied_flags import Ones, WrongTables, wrong_l1_entries, wrong_l2_tables
@@ -28,7 +30,7 @@ class _HasState(Protocol):
     def state(self) -> Qcow2State: ...
 
 
-def check(image: _HasState) -> CheckReport:
+def check(image: BlockImage | _HasState) -> CheckReport:
     """Check the metadata of an opened qcow2 image.
 
     Findings have qemu-img's texts; overlaps that qemu-img does not see are added at the end. Numbers are those of
@@ -41,9 +43,13 @@ def check(image: _HasState) -> CheckReport:
         The report; `report.stopped` says why a check could not be completed.
 
     Raises:
+        UnsupportedFeature: the image has no metadata to check: it is raw.
         StorageError: the host file cannot be read.
     """
-    return check_state(image.state)
+    state = getattr(image, "state", None)
+    if not isinstance(state, Qcow2State):
+        raise UnsupportedFeature("image", None, "its format does not support checks")
+    return check_state(state)
 
 
 def check_state(state: Qcow2State) -> CheckReport:
@@ -140,7 +146,9 @@ def _check_copied_flags(report: CheckReport, state: Qcow2State, found: Census, o
 
     host = offsets(mapping.l1)
     guest_bits = header.geometry.l2_bits + header.cluster_bits
-    told = wrong_l1 | np.isin(host, np.array(list(by_table), dtype=np.int64))
+    told = wrong_l1
+    if by_table:
+        told = wrong_l1 | np.isin(host, np.array(list(by_table), dtype=np.int64))
     for l1_index in np.flatnonzero(told).tolist():
         if not findings.room:
             break
