@@ -11,7 +11,7 @@ from qcowlib.findings import Severity
 from qcowlib.format.entries import Int64Array
 from qcowlib.metadata.finding_list import FindingList
 from qcowlib.metadata.l2_scan import beyond_text
-from qcowlib.metadata.reference_counts import ReferenceCounts
+from qcowlib.metadata.reference_counts import ReferenceCounts, distinct
 
 
 class Overlap(NamedTuple):
@@ -91,7 +91,7 @@ class Ledger:
         if references is None:
             self.references.add(clusters)
         else:
-            for times in np.unique(references).tolist():
+            for times in distinct(references).tolist():
                 self.references.add(clusters[references == times], times)
         if len(clusters):
             self.clusters = max(self.clusters, int(clusters.max()) + 1)

@@ -22,6 +22,7 @@ from qcowlib.format.header import Header
 from qcowlib.format.snapshot_table import SnapshotEntry
 from qcowlib.metadata.l2_scan import Problem, ScanRules, TableScanner, beyond_text
 from qcowlib.metadata.ledger import Ledger
+from qcowlib.metadata.reference_counts import distinct
 from qcowlib.metadata.references import empty_words, read_tables
 from qcowlib.storage.helpers import read_padded
 from qcowlib.storage.protocol import ReadStorage
@@ -203,7 +204,7 @@ class _MappingCensus:
         words = empty_words(per_batch, self.geometry)
         native = np.empty(words.shape, dtype=np.uint64)
         present = self._outside_holes(tables.host_offset)
-        for times in np.unique(tables.uses).tolist():
+        for times in distinct(tables.uses).tolist():
             chosen = np.flatnonzero(present & (tables.uses == times))
             for start in range(0, len(chosen), per_batch):
                 batch = chosen[start : start + per_batch]

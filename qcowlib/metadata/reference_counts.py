@@ -29,6 +29,13 @@ _SLAB_BYTES = 16 << 20  # new chunks are cut from pieces of this size: from 4 Mi
 _DENSE = 4  # a window is counted as a whole when it has at most this many clusters for each reference
 
 
+def distinct(values: Int64Array) -> Int64Array:
+    """Distinct values, ascending; as `np.unique`, which imports numpy.ma: that takes longer than many a check."""
+    ordered: Int64Array = np.sort(values)
+    first = np.diff(ordered, prepend=ordered[:1] - 1) != 0
+    return ordered[first]
+
+
 class ReferenceCounts:
     """Exact counters by cluster index; no count saturates.
 
@@ -99,7 +106,7 @@ class ReferenceCounts:
         """Counts of single clusters (int64, same shape)."""
         counts = np.zeros(len(clusters), dtype=np.int64)
         owners = clusters >> self.chunk_bits
-        for index in np.unique(owners).tolist():
+        for index in distinct(owners).tolist():
             chunk = self._chunks.get(index)
             if chunk is not None:
                 here = owners == index

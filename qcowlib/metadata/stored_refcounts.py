@@ -23,6 +23,7 @@ from qcowlib.format.entries import (
 )
 from qcowlib.format.header import Header
 from qcowlib.format.refcount_block import RefcountArray, decode_refcounts, refcount_dtype
+from qcowlib.metadata.reference_counts import distinct
 from qcowlib.metadata.references import empty_words, read_tables
 from qcowlib.storage.helpers import read_padded
 from qcowlib.storage.protocol import ReadStorage
@@ -67,7 +68,7 @@ class StoredRefcounts:
         """Indices of the windows of 2^window_bits clusters that have a block, among the first `clusters` clusters."""
         bits = self.geometry.refcount_block_bits
         blocks = np.flatnonzero(self.block_offsets[: self.block_range(0, clusters).stop])
-        windows: list[int] = np.unique(blocks << bits >> window_bits).tolist()
+        windows: list[int] = distinct(blocks << bits >> window_bits).tolist()
         return windows
 
     def window(self, first: int, count: int) -> RefcountArray:
@@ -106,7 +107,7 @@ class StoredRefcounts:
         block = clusters >> bits
         found = np.flatnonzero(block < len(self.table))
         found = found[(self.block_offsets[block[found]] != 0) & ~self.unreadable[block[found]]]
-        for index in np.unique(block[found]).tolist():
+        for index in distinct(block[found]).tolist():
             here = found[block[found] == index]
             counts[here] = self.window(index << bits, 1 << bits)[clusters[here] - (index << bits)]
         return counts
