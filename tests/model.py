@@ -57,8 +57,8 @@ class StockView:
     encryption: str | None = None
 
     @property
-    def _selector(self) -> list[str]:
-        """Options and name that open the image."""
+    def selector(self) -> list[str]:
+        """Options and name that open the image, for most commands of qemu-img."""
         if self.encryption is None:
             return ["-f", "qcow2", str(self.path)]
         return [
@@ -69,13 +69,13 @@ class StockView:
 
     def assert_clean(self) -> None:
         """`qemu-img check` ends with 0."""
-        qemu_img("check", *self._selector)
+        qemu_img("check", *self.selector)
 
     def content(self, snapshot_id: str | None = None) -> bytes:
         """Guest bytes of the active layer or of a snapshot of the same size."""
         raw = self.path.with_suffix(".oracle-raw")
         select = [] if snapshot_id is None else ["-l", f"snapshot.id={snapshot_id}"]
-        *options, name = self._selector
+        *options, name = self.selector
         qemu_img("convert", "-O", "raw", *select, *options, name, raw)
         data = raw.read_bytes()
         raw.unlink()

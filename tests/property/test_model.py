@@ -265,7 +265,7 @@ def make_base(directory: Path, kind: str, size: int) -> bytes:
 PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "check")
 TestImageProgram: Callable[[], object] = ImageProgram.TestCase
 ImageProgram.TestCase.settings = hypothesis.settings(
-    max_examples=60 if PROFILE == "check" else hypothesis.settings.default.max_examples,
+    max_examples=60 if PROFILE == "check" else hypothesis.settings().max_examples,
     stateful_step_count=25,
     suppress_health_check=list(hypothesis.HealthCheck),
 )
