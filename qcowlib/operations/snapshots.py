@@ -203,8 +203,11 @@ def attach_vmstate(image: WritableQcow2Image, snapshot: str | SnapshotEntry, vms
         size = state.header.size if entry.disk_size is None else entry.disk_size
         disk = np.zeros(state.geometry.l1_entries_for(size), dtype=ENTRY_DTYPE)
         disk[: len(old)] = old[: len(disk)]
-        if old[len(disk) :].any():
-            raise SnapshotError(f"the mapping of the snapshot '{entry.name}' goes on behind its disk")
+        # QEMU leaves the tables of an earlier vm state in the active layer, and so in the snapshots taken from it.
+        leftover = old.copy()
+        leftover[: len(disk)] = 0
+        counts = count_tree(state, leftover)
+        require_room(transaction.refcounts, counts, 0)
         with transaction.direct_writes():
             extra, length = store_vmstate(transaction, vmstate, size, image.store)
             l1 = np.concatenate((disk, extra))
@@ -223,6 +226,11 @@ def attach_vmstate(image: WritableQcow2Image, snapshot: str | SnapshotEntry, vms
                 transaction.release(entry.l1_table_offset >> bits, state.geometry.clusters_for(len(old) * 8))
         transaction.commit()
         state.snapshots = rest
+        if leftover.any():
+            with transaction.direct_writes():
+                _release_tree(transaction, counts)
+                set_copied(state, transaction.storage, transaction.refcounts, state.l1)
+                _write_active_l1(transaction)
         return new
 
 
