@@ -117,12 +117,13 @@ def open_image_name(name: ImageName, *, force_share: bool, open_backing: bool) -
     from qcowlib.image.opening import open_image
     from qcowlib.image.policy import LocalFiles
 
+    passphrase = name.passphrase if open_backing else None
     try:
         image = open_image(
             name.reference,
             policy=LocalFiles(),
             force_share=force_share,
-            passphrase=name.passphrase if open_backing else None,
+            passphrase=passphrase,
             open_backing=open_backing,
         )
     except QcowError as error:
@@ -136,12 +137,13 @@ def open_image_name_for_writing(name: ImageName, *, open_backing: bool) -> Writa
     from qcowlib.image.opening import open_image
     from qcowlib.image.policy import LocalFiles
 
+    passphrase = name.passphrase if open_backing else None
     try:
         return open_image(
             name.reference,
             writable=True,
             policy=LocalFiles(),
-            passphrase=name.passphrase if open_backing else None,
+            passphrase=passphrase,
             open_backing=open_backing,
         )
     except QcowError as error:

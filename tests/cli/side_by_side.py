@@ -58,7 +58,8 @@ def ours(directory: Path, *arguments: str) -> Said:
         return Said(-1, out.getvalue(), err.getvalue() + traceback.format_exc())
     finally:
         sys.argv[0] = name
-    return Said(code, out.getvalue(), err.getvalue())
+    # As the stock tool's output is read: carriage returns become line ends.
+    return Said(code, out.getvalue().replace("\r\n", "\n").replace("\r", "\n"), err.getvalue())
 
 
 def process(directory: Path, *arguments: str, **extra: str) -> subprocess.CompletedProcess[bytes]:
