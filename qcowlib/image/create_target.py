@@ -66,7 +66,7 @@ def lengthen(storage: LocalFile, start: int, end: int, preallocation: str) -> No
         preallocation: "off" leaves a hole, "falloc" reserves space, "full" writes zeroes.
     """
     if storage.is_block_device:
-        _fit_device(storage, end, preallocation)
+        fit_device(storage, end, preallocation)
         return
     first = storage.size() == 0 and end > 0
     if preallocation == "falloc":
@@ -79,6 +79,18 @@ def lengthen(storage: LocalFile, start: int, end: int, preallocation: str) -> No
             storage.pwrite(memoryview(zeroes)[: end - position], position)
     elif first:
         storage.pwrite(bytes(_FIRST_BLOCK if end >= _FIRST_BLOCK else 512), 0)
+
+
+def fit_device(storage: LocalFile, end: int, preallocation: str) -> None:
+    """See that `end` bytes fit on a block device, whose length is fixed and whose space is all there.
+
+    Raises:
+        OptionError: they do not, or space was to be reserved.
+    """
+    if preallocation not in ("off", "metadata"):
+        raise OptionError(f"Preallocation mode '{preallocation}' unsupported for this non-regular file")
+    if end > storage.size():
+        raise OptionError(f"Cannot grow device files ({end} bytes are needed, '{storage.name}' has {storage.size()})")
 
 
 def same_file(first: str, second: str) -> bool:

@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Unpack
 
 from qcowlib.errors import OptionError, StorageError
-from qcowlib.image.create_target import fresh_file, lengthen, same_file
+from qcowlib.image.create_target import fit_device, fresh_file, lengthen, same_file
 from qcowlib.image.creation_options import (
     PREALLOCATION_MODES,
     RAW_OPTIONS,
@@ -170,9 +170,10 @@ def _create_qcow2(
 def _write_image(storage: LocalFile, layout: Layout, preallocation: str, header: bytes, luks_area: bytes) -> None:
     """Fill an empty file; the header last, when all that it points to is durable."""
     cluster_size = layout.geometry.cluster_size
-    if storage.is_block_device:
-        storage.write_zeroes(0, cluster_size)
     start, end = layout.data_range
+    if storage.is_block_device:
+        fit_device(storage, layout.file_size, preallocation if end else "off")
+        storage.write_zeroes(0, cluster_size)  # what was there before must not look like an image meanwhile
     if end > start:
         lengthen(storage, start, end, preallocation)
     for offset, data in layout.metadata_writes():
