@@ -242,13 +242,19 @@ class WritableQcow2Image(Qcow2Image):
         """Put compressed bytes behind the last ones, sharing their cluster, and let the L2 entry name them."""
         bits = self.state.geometry.cluster_bits
         host = self._place_packed(len(packed))
-        self._data_storage.pwrite(packed, host)
-        # Sectors are read as a whole: the file must reach to the end of the last one.
-        missing = -(host + len(packed)) % SECTOR_SIZE
-        if missing and host + len(packed) + missing > self._data_storage.size():
-            self._data_storage.pwrite(bytes(missing), host + len(packed))
-        self._compressed_end = host + len(packed)
-        self._writer.link_compressed(guest, compressed_entry(host, len(packed), bits))
+        end = host + len(packed)
+        try:
+            self._data_storage.pwrite(packed, host)
+            # Sectors are read as a whole: the file must reach to the end of the last one.
+            missing = -end % SECTOR_SIZE
+            if missing and end + missing > self._data_storage.size():
+                self._data_storage.pwrite(bytes(missing), end)
+            self._writer.link_compressed(guest, compressed_entry(host, len(packed), bits))
+        except QcowError:
+            self.transaction.refcounts.give_back(host >> bits, (end - 1 >> bits) - (host >> bits) + 1)
+            self._compressed_end = 0  # its cluster may be anybody's now
+            raise
+        self._compressed_end = end
 
     def _place_packed(self, length: int) -> int:
         """Host offset for `length` compressed bytes, its clusters counted."""

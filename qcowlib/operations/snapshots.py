@@ -148,7 +148,7 @@ def apply_snapshot(image: WritableQcow2Image, snapshot: str | SnapshotEntry) -> 
         transaction.commit()
         with transaction.direct_writes():
             _release_tree(transaction, less)
-        state.refresh_regions()
+            state.refresh_regions()
 
 
 def delete_snapshot(image: WritableQcow2Image, snapshot: str | SnapshotEntry) -> None:
