@@ -231,6 +231,8 @@ class SecondOpinion:
             plain = zlib.decompressobj(-12).decompress(packed, size)
             assert len(plain) == size, f"compressed cluster at {offset:#x} has {len(plain)} bytes"
             yield 0, plain
+        elif self._extended and bitmap == 0xFFFF_FFFF:
+            yield 0, self._data(host, size)
         elif self._extended:
             step = size // 32
             for number in range(32):
