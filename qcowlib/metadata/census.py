@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from qcowlib.errors import FormatError, ImageStateError
-from qcowlib.findings import Finding, Severity
+from qcowlib.findings import Finding
 from qcowlib.format.bitmap_directory import (
     BITMAP_TABLE_OFFSET_MASK,
     BitmapEntry,
@@ -90,6 +90,10 @@ class _Count:
         self.ledger = Ledger(state.geometry, state.storage.size())
         self.stored = StoredRefcounts(self.storage, self.header)
         self.refcounts_damaged = False
+        # The file itself is not looked at, so it need not be open; it must have a name somewhere.
+        self.data_file_known = bool(
+            self.header.data_file_name or (state.data_storage is not state.storage and state.data_storage.name)
+        )
         empty = np.zeros(0, dtype=np.int64)
         self.mapping = MappingCount(np.zeros(0, dtype=ENTRY_DTYPE), L2Tables.named(empty, empty, empty))
 
@@ -119,6 +123,9 @@ class _Count:
     def count_all(self) -> None:
         """All phases in qemu-img's order."""
         header, ledger = self.header, self.ledger
+        if header.has_data_file and not self.data_file_known:
+            # The bit alone may be the damage: without it, all data clusters would look leaked.
+            raise ledger.stop("data-file-unknown", "ERROR 'data-file' is required for this image", "Invalid argument")
         snapshots = self.read_snapshots()
         if ledger.clusters > MAX_CLUSTERS:
             raise ledger.stop("file-too-large", f"ERROR: the file has {ledger.clusters} clusters", "File too large")
@@ -174,8 +181,7 @@ class _Count:
             for entry in entries:
                 check_bitmap_entry(entry, self.header.cluster_size, self.header.virtual_size)
         except FormatError as error:
-            text = f"ERROR: {error}"
-            raise self.ledger.stop("bitmap-directory-damaged", text, "Invalid argument", Severity.CORRUPTION) from None
+            raise self.ledger.stop("bitmap-directory-damaged", f"ERROR: {error}", "Invalid argument") from None
         return entries
 
     def count_bitmap(self, entry: BitmapEntry) -> None:
@@ -184,7 +190,7 @@ class _Count:
         wrong = np.flatnonzero(invalid_bitmap_table_entries(table, self.header.cluster_size))
         if len(wrong):
             text = f"ERROR: entry {wrong[0]} of the table of bitmap '{entry.name}' is invalid: {int(table[wrong[0]]):x}"
-            raise self.ledger.stop("bitmap-table-damaged", text, "Invalid argument", Severity.CORRUPTION)
+            raise self.ledger.stop("bitmap-table-damaged", text, "Invalid argument")
         host = offsets(table, BITMAP_TABLE_OFFSET_MASK)
         host = host[host != 0]
         beyond = host >= self.ledger.file_end

@@ -136,8 +136,8 @@ class Ledger:
         self.mapping_damaged |= bool(found)
         return found
 
-    def stop(self, code: str, text: str, reason: str, severity: Severity = Severity.CHECK_ERROR) -> Stopped:
+    def stop(self, code: str, text: str, reason: str) -> Stopped:
         """Record a finding that ends the census; returns what to raise."""
-        self.findings.add(code, text, severity)
+        self.findings.add(code, text, Severity.CHECK_ERROR)
         self.mapping_damaged = True
         return Stopped(reason)

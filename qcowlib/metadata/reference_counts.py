@@ -32,8 +32,8 @@ _DENSE = 4  # a window is counted as a whole when it has at most this many clust
 def distinct(values: Int64Array) -> Int64Array:
     """Distinct values, ascending; as `np.unique`, which imports numpy.ma: that takes longer than many a check."""
     ordered: Int64Array = np.sort(values)
-    first = np.diff(ordered, prepend=ordered[:1] - 1) != 0
-    return ordered[first]
+    kept: Int64Array = ordered[np.diff(ordered, prepend=ordered[:1] - 1) != 0]
+    return kept
 
 
 class ReferenceCounts:

@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 
 from qcowlib.findings import CheckReport, Finding, Severity
+from qcowlib.metadata.state import Qcow2State
 from qcowlib.operations.check import check, check_state
+from qcowlib.storage.buffer import BytesStorage
 from tests.unit.metadata.sketch import COPIED, Sketch
 
 SIZE = 512
@@ -106,11 +108,19 @@ def test_copied_flags_of_a_table_that_maps_one_run() -> None:
 
 
 def test_clusters_of_an_external_data_file_have_the_flag_and_no_refcounts() -> None:
-    report = report_of(incompatible=4, clusters=5, tables={4: [COPIED, 1 << 40 | COPIED, 3 * SIZE]})
+    sketch = drawn(incompatible=4, clusters=5, tables={4: [COPIED, 1 << 40 | COPIED, 3 * SIZE]})
+    report = check_state(Qcow2State(sketch.state().storage, sketch.header(), BytesStorage()))
     finding = only(report)
     assert finding.text == f"ERROR OFLAG_COPIED data cluster: l2_entry={3 * SIZE:x} refcount=1"
     assert report.allocated_clusters == 3
     assert report.fragmented_clusters == 2
+
+
+def test_a_data_file_bit_without_a_data_file() -> None:
+    report = report_of(incompatible=4)
+    assert only(report).text == "ERROR 'data-file' is required for this image"
+    assert report.stopped == "Invalid argument"
+    assert report.check_errors == 1
 
 
 def test_an_overlap_with_right_refcounts_is_a_corruption_of_its_own() -> None:
