@@ -138,7 +138,7 @@ def stored_names(graph: BlockGraph, node: str) -> list[str]:
 
 def save_internal(session: Session, arguments: Arguments) -> None:
     """Memory and disks into the qcow2 files."""
-    nodes, session.instant = arguments["nodes"], time.time_ns()
+    nodes, session.instant = nodes_of(session, arguments), time.time_ns()
     command = {"tag": arguments["name"], "vmstate": nodes[0], "devices": nodes}
     run_job(session, arguments["job"], "snapshot-save", command, deadline=_SAVE_DEADLINE, interruptible=False)
 
@@ -153,10 +153,136 @@ def undo_save(session: Session, arguments: Arguments) -> None:
     with contextlib.suppress(QmpError):
         wait_for_job(session, arguments["job"], deadline=_SAVE_DEADLINE, interruptible=False)
     graph = BlockGraph.query(session.qmp)
-    having = [node for node in arguments["nodes"] if name in stored_names(graph, node)]
+    having = [node for node in nodes_of(session, arguments) if name in stored_names(graph, node)]
     if having:
         command = {"tag": name, "devices": having}
         run_job(session, f"{arguments['job']}-undo", "snapshot-delete", command, interruptible=False)
+
+
+def load_internal(session: Session, arguments: Arguments) -> None:
+    """Memory and disks back from the qcow2 files; the guest stands before and after."""
+    _load(session, arguments, arguments["name"], arguments["job"])
+
+
+def unload_internal(session: Session, arguments: Arguments) -> None:
+    """Undo: back to the state that was saved right before.
+
+    QEMU's load is not atomic, so that this is done whether or not it got as far as changing anything.
+    """
+    if not session.alive():
+        for path in arguments["paths"]:
+            offline.apply_internal(path, arguments["way_back"])
+        return
+    with contextlib.suppress(QmpError):
+        wait_for_job(session, arguments["job"], deadline=_SAVE_DEADLINE, interruptible=False)
+    graph = BlockGraph.query(session.qmp)
+    if all(arguments["way_back"] in stored_names(graph, node) for node in nodes_of(session, arguments)):
+        _load(session, arguments, arguments["way_back"], f"{arguments['job']}-back")
+
+
+def nodes_of(session: Session, arguments: Arguments) -> list[str]:
+    """The nodes of a step's files: as planned, or looked for in a QEMU that the plan did not know yet."""
+    if arguments["nodes"]:
+        return list(arguments["nodes"])
+    graph = BlockGraph.query(session.qmp)
+    found = [graph.find(path) for path in arguments["paths"]]
+    if None in found:
+        raise DomainSnapshotError(f"QEMU does not have '{arguments['paths'][found.index(None)]}' open")
+    return [node for node in found if node is not None]
+
+
+def _load(session: Session, arguments: Arguments, name: str, job: str) -> None:
+    nodes = nodes_of(session, arguments)
+    graph = BlockGraph.query(session.qmp)
+    holding = [
+        node
+        for node in nodes
+        for stored in graph.node(node).get("image", {}).get("snapshots", [])
+        if stored["name"] == name and stored["vm-state-size"]
+    ]
+    if len(holding) != 1:
+        raise DomainSnapshotError(f"{len(holding)} disks hold memory of the snapshot '{name}', where one should")
+    command = {"tag": name, "vmstate": holding[0], "devices": nodes}
+    run_job(session, job, "snapshot-load", command, deadline=_SAVE_DEADLINE, interruptible=False)
+
+
+def drop_way_back(session: Session, arguments: Arguments) -> None:
+    """Delete the internal snapshots that were only the way back."""
+    name = arguments["name"]
+    for path in arguments["paths"]:
+        if session.alive():
+            graph = BlockGraph.query(session.qmp)
+            node = graph.find(path)
+            if node is not None and name in stored_names(graph, node):
+                session.qmp.execute("blockdev-snapshot-delete-internal-sync", {"device": node, "name": name})
+        else:
+            offline.delete_internal(path, name)
+
+
+def swap(session: Session, arguments: Arguments) -> None:
+    """Put new overlays of older files under the running devices, all at once."""
+    graph = BlockGraph.query(session.qmp)
+    actions = [
+        {"type": "blockdev-snapshot", "data": {"node": one["top"], "overlay": one["node"]}}
+        for one in arguments["disks"]
+    ]
+    session.qmp.execute("transaction", {"actions": actions})
+    frozen = {one["node"]: graph.find(one["frozen"]) for one in arguments["disks"]}
+    _reopen(session, {node: base or "" for node, base in frozen.items()})
+
+
+def unswap(session: Session, arguments: Arguments) -> None:
+    """Undo: the present overlays back under the devices; the new ones hold nothing, since the guest stands."""
+    if not session.alive():
+        return
+    for number, one in enumerate(arguments["disks"]):
+        graph = BlockGraph.query(session.qmp)
+        below = graph.child(one["node"], "backing")
+        if below is None:
+            continue
+        if below != one["top"]:
+            if one["top"] not in graph:
+                file = {"driver": "file", "filename": one["path"]}
+                options = {"driver": one["format"], "node-name": one["top"], "file": file}
+                session.qmp.execute("blockdev-add", options)
+            _reopen(session, {one["node"]: one["top"]})
+        run_commit(session, f"ds-{arguments['token']}-back{number}", one["node"], one["top"])
+
+
+def _reopen(session: Session, backing: dict[str, str]) -> None:
+    """Change the backing nodes of overlays, all or none."""
+    options = [
+        {"driver": "qcow2", "node-name": node, "file": f"{node}-f", "backing": base} for node, base in backing.items()
+    ]
+    session.qmp.execute("blockdev-reopen", {"options": options})
+
+
+def add_base(session: Session, arguments: Arguments) -> None:
+    """Let QEMU open an older file with all below it, read-only, if it has not done so already."""
+    if BlockGraph.query(session.qmp).find(arguments["path"]) is None:
+        file = {"driver": "file", "filename": arguments["path"]}
+        options = {"driver": arguments["format"], "node-name": arguments["node"], "file": file, "read-only": True}
+        session.qmp.execute("blockdev-add", options)
+
+
+def drop_nodes(session: Session, arguments: Arguments) -> None:
+    """Let QEMU close nodes that nothing uses any more; those that still serve stay."""
+    if session.alive():
+        for node in arguments["nodes"]:
+            with contextlib.suppress(QmpError):
+                session.qmp.execute("blockdev-del", {"node-name": node})
+
+
+def reset(session: Session, arguments: Arguments) -> None:  # noqa: ARG001
+    """Restart the guest's machine: its memory does not fit its disks any more."""
+    if session.alive():
+        session.qmp.execute("system_reset")
+
+
+def settle(session: Session, arguments: Arguments) -> None:
+    """Run or pause the guest, as it was asked for."""
+    if session.alive():
+        session.qmp.execute("cont" if arguments["running"] else "stop")
 
 
 def sync(path: str) -> None:

@@ -73,6 +73,19 @@ class BlockGraph:
             inner = below
         return str(self.node(inner or name).get("file", ""))
 
+    def root_above(self, name: str) -> str | None:
+        """The node at the top of the chain that a node is in: the one that a device uses."""
+        current = name
+        for _ in range(_MAX_CHAIN):
+            users = self.parents(current)
+            if any(kind == "block-backend" for kind, _name, _role in users):
+                return current
+            above = [user for kind, user, role in users if kind == "block-driver" and role == "backing"]
+            if not above:
+                return None
+            current = above[0]
+        return None
+
     def find(self, path: str) -> str | None:
         """The format node of a file, if there is one."""
         from os.path import exists, samefile

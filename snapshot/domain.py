@@ -112,6 +112,7 @@ class DomainFacts:
         max_bandwidth: QEMU's migration parameter, to be put back.
         capabilities: migration capabilities that are on.
         agent_socket: of the guest agent, if known.
+        devices: those that were plugged into the machine, as "id (type)".
     """
 
     name: str
@@ -126,6 +127,7 @@ class DomainFacts:
     max_bandwidth: int | None = None
     capabilities: tuple[str, ...] = ()
     agent_socket: str | None = None
+    devices: tuple[str, ...] = ()
 
     def by_target(self) -> dict[str, DiskFacts]:
         """The disks by target."""
@@ -138,6 +140,11 @@ class Domain(Protocol):
     @property
     def name(self) -> str:
         """Name of the domain."""
+        ...
+
+    @property
+    def description(self) -> Description | None:
+        """What its source says about it."""
         ...
 
     def facts(self, layers: Mapping[str, str] | None = None) -> DomainFacts:
@@ -159,7 +166,12 @@ class ActiveDomain:
 
     def __init__(self, qmp: Qmp, description: Description | None = None) -> None:
         self.qmp = qmp
-        self.description = description
+        self._description = description
+
+    @property
+    def description(self) -> Description | None:
+        """What the domain's source says about it."""
+        return self._description
 
     @property
     def name(self) -> str:
@@ -198,6 +210,7 @@ class ActiveDomain:
             max_bandwidth=ask("query-migrate-parameters").get("max-bandwidth"),
             capabilities=tuple(one["capability"] for one in capabilities if one["state"]),
             agent_socket=None if self.description is None else self.description.agent_socket,
+            devices=_devices(self.qmp),
         )
 
     def close(self) -> None:
@@ -261,6 +274,16 @@ class ActiveDomain:
         return sorted(disks, key=lambda facts: order.get(facts.disk.target, len(order)))
 
 
+def _devices(qmp: Qmp) -> tuple[str, ...]:
+    """Devices of the command line and those plugged in later; what a memory image has state of."""
+    found = []
+    for place in ("peripheral", "peripheral-anon"):
+        for entry in qmp.execute("qom-list", {"path": f"/machine/{place}"}):
+            if entry["type"].startswith("child<"):
+                found.append(f"{entry['name']} ({entry['type'].removeprefix('child<').removesuffix('>')})")
+    return tuple(sorted(found))
+
+
 class InactiveDomain:
     """A domain that is not started: its disks are files that nobody uses.
 
@@ -269,7 +292,12 @@ class InactiveDomain:
     """
 
     def __init__(self, source: Description) -> None:
-        self.description = source
+        self._source = source
+
+    @property
+    def description(self) -> Description:
+        """What the domain's source says about it."""
+        return self._source
 
     @property
     def name(self) -> str:

@@ -12,60 +12,36 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import replace
 
 import qcowlib
-from snapshot import active, agent, inactive, migration, records
+from snapshot import (
+    active,
+    gather,
+    migration,
+    plan_delete,
+    plan_revert,
+    records,
+)
+from snapshot.actions import ACTIONS
 from snapshot.domain import ActiveDomain, Domain, DomainFacts
 from snapshot.errors import DomainSnapshotError, NotPossible, RecoverNeeded, UndoFailed
 from snapshot.journal import Journal, Operation
-from snapshot.model import DomainSnapshot, Liveness, SnapshotRequest
-from snapshot.plan import PathFacts, reasons, resolve, steps
-from snapshot.qmp import listening
+from snapshot.model import (
+    DeleteOptions,
+    DomainSnapshot,
+    Liveness,
+    RevertOptions,
+    SnapshotRequest,
+)
+from snapshot.plan import reasons, resolve, steps
+from snapshot.qmp import Qmp, listening
 from snapshot.session import Progress, Session, Store
 from snapshot.step import Step
 
 #: Seconds to wait for another domsnap that works on the domain.
 LOCK_WAIT = 30.0
-
-
-def _nothing(session: Session, arguments: dict[str, Any]) -> None:
-    """Nothing to do."""
-
-
-@dataclass(frozen=True)
-class Action:
-    """How a kind of step is done and undone.
-
-    Attributes:
-        do, undo: called with the session and the step's arguments.
-        always: undone even when the undo of a later step has failed, because it puts only the guest right.
-    """
-
-    do: Callable[[Session, dict[str, Any]], None]
-    undo: Callable[[Session, dict[str, Any]], None] = _nothing
-    always: bool = False
-
-
-ACTIONS = {
-    "make-overlay": Action(active.make_overlay, active.unmake_overlay),
-    "add-node": Action(active.add_node, active.remove_node),
-    "stop": Action(active.stop, active.ensure_running, always=True),
-    "cont": Action(active.cont),
-    "disks": Action(active.disks, active.undo_disks),
-    "save-internal": Action(active.save_internal, active.undo_save),
-    "make-memory-file": Action(migration.make_memory_file, migration.unmake_memory_file, always=True),
-    "memory": Action(migration.write_memory, migration.cancel_memory, always=True),
-    "end-memory": Action(migration.end_memory),
-    "keep-memory": Action(migration.keep_memory),
-    "freeze": Action(agent.freeze, agent.thaw, always=True),
-    "thaw": Action(agent.thaw),
-    "hold": Action(inactive.hold, inactive.let_go, always=True),
-    "create-internal": Action(inactive.create_internal, inactive.delete_internal),
-    "record": Action(records.record, records.unrecord),
-}
 
 
 def create(
@@ -96,26 +72,141 @@ def create(
         DomainSnapshotError, QcowError, OSError: it failed, and everything was undone.
     """
     with _exclusive(catalog, wait, dry_run=dry_run) as journal:
-        layers = journal.layers()
-        facts = domain.facts(layers)
-        if request.liveness is Liveness.BACKGROUND and isinstance(domain, ActiveDomain):
-            request = _without_background(domain, request, progress)
-        resolved = resolve(request, facts)
-        against = reasons(resolved, _host_facts(resolved.paths()), [one.name for one in catalog.load()])
-        if against:
-            raise NotPossible(f"create snapshot '{request.name}'", against)
-        token = secrets.token_hex(4)
-        plan = steps(resolved, token)
-        current = catalog.current
-        undo = {"current": current, "layers_before": layers}
-        plan = [replace(s, arguments=s.arguments | undo) if s.action == "record" else s for s in plan]
+        return _create(domain, catalog, journal, request, dry_run, progress)
+
+
+def _create(
+    domain: Domain,
+    catalog: Store,
+    journal: Journal,
+    request: SnapshotRequest,
+    dry_run: bool,
+    progress: Progress | None,
+) -> DomainSnapshot | list[Step]:
+    layers = journal.layers()
+    facts = domain.facts(layers)
+    if request.liveness is Liveness.BACKGROUND and isinstance(domain, ActiveDomain):
+        request = _without_background(domain, request, progress)
+    resolved = resolve(request, facts)
+    against = reasons(resolved, gather.host_facts(resolved.paths()), [one.name for one in catalog.load()])
+    if against:
+        raise NotPossible(f"create snapshot '{request.name}'", against)
+    token = secrets.token_hex(4)
+    plan = steps(resolved, token)
+    current = catalog.current
+    undo = {"current": current, "layers_before": layers}
+    plan = [replace(s, arguments=s.arguments | undo) if s.action == "record" else s for s in plan]
+    if dry_run:
+        return plan
+    session = _session(domain, catalog, journal, facts, progress)
+    session.draft = records.draft(resolved, current)
+    run(session, _operation("create", request.name, domain, facts, token, plan))
+    assert session.draft is not None
+    return session.draft
+
+
+def revert(
+    domain: Domain,
+    catalog: Store,
+    name: str,
+    options: RevertOptions,
+    *,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+    wait: float = LOCK_WAIT,
+) -> DomainSnapshot | list[Step]:
+    """Go back to a snapshot; unless the present state is given up, it is kept in a safety snapshot first.
+
+    Args:
+        domain: active or inactive.
+        catalog: where the snapshot is entered.
+        name: of the snapshot.
+        options: how.
+        dry_run, progress, wait: as for `create`.
+
+    Returns: the snapshot that was gone back to; the steps for a dry run, those of the safety snapshot first.
+
+    Raises:
+        NoSuchDomainSnapshot, NotPossible, DomainBusy, RecoverNeeded: nothing was touched.
+        RecoverNeeded: also when it took effect, but its last steps failed.
+        UndoFailed: it failed, and could not be undone wholly.
+        DomainSnapshotError, QcowError, OSError: it failed, and everything was undone.
+    """
+    with _exclusive(catalog, wait, dry_run=dry_run) as journal:
+        snapshot = gather.find(catalog, name)
+        request = gather.revert_request(domain, catalog, journal, snapshot, options)
+        _refuse(f"revert to '{name}'", plan_revert.reasons(request))
+        safety: list[Step] = []
+        if not options.discard_current:
+            taken = _create(domain, catalog, journal, gather.safety_request(request), dry_run, progress)
+            if isinstance(taken, list):
+                safety = taken
+            else:
+                request = gather.revert_request(domain, catalog, journal, snapshot, options)
+                _refuse(f"revert to '{name}'", plan_revert.reasons(request))
+        plan = plan_revert.steps(request)
         if dry_run:
-            return plan
-        session = _session(domain, catalog, journal, facts, progress)
-        session.draft = records.draft(resolved, current)
-        run(session, _operation("create", request.name, domain, facts, token, plan))
-        assert session.draft is not None
-        return session.draft
+            return [*safety, *plan]
+        session = _session(domain, catalog, journal, request.facts, progress)
+        run(session, _operation("revert", name, domain, request.facts, request.token, plan))
+        if isinstance(domain, ActiveDomain) and request.way is plan_revert.Way.RESTART:
+            domain.qmp = Qmp(domain.qmp.path)
+        return snapshot
+
+
+def delete(
+    domain: Domain,
+    catalog: Store,
+    name: str,
+    options: DeleteOptions,
+    *,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+    wait: float = LOCK_WAIT,
+) -> list[str] | list[Step]:
+    """Delete a snapshot: what is only in it goes, every other state stays as it is.
+
+    Args:
+        domain: active or inactive.
+        catalog: where the snapshot is entered.
+        name: of the snapshot.
+        options: how.
+        dry_run, progress, wait: as for `create`.
+
+    Returns: the names of what was deleted; the steps for a dry run.
+
+    Raises:
+        NoSuchDomainSnapshot, NotPossible, DomainBusy: nothing was touched.
+        RecoverNeeded: it failed half-way (a full disk, a signal, the death of QEMU): `recover` finishes it.
+    """
+    with _exclusive(catalog, wait, dry_run=dry_run) as journal:
+        gather.find(catalog, name)
+        names = [*_descendants(catalog.load(), name), name] if options.children else [name]
+        plan: list[Step] = []
+        for one in names:
+            request = gather.delete_request(domain, catalog, journal, one, options)
+            _refuse(f"delete snapshot '{one}'", plan_delete.reasons(request))
+            steps_of_one = plan_delete.steps(request)
+            plan += steps_of_one
+            if not dry_run:
+                session = _session(domain, catalog, journal, request.facts, progress)
+                run(session, _operation("delete", one, domain, request.facts, request.token, steps_of_one))
+        return plan if dry_run else names
+
+
+def _descendants(snapshots: list[DomainSnapshot], name: str) -> list[str]:
+    """Names of all that come from a snapshot, the farthest first."""
+    found: list[str] = []
+    level = [name]
+    while level:
+        level = [one.name for one in snapshots if one.parent in level and one.name not in found]
+        found += level
+    return found[::-1]
+
+
+def _refuse(what: str, against: list[str]) -> None:
+    if against:
+        raise NotPossible(what, against)
 
 
 def recover(domain: Domain, catalog: Store, *, progress: Progress | None = None, wait: float = LOCK_WAIT) -> list[str]:
@@ -175,18 +266,17 @@ def run(session: Session, operation: Operation) -> None:
     with session.interrupt.listening():
         try:
             for index, step in enumerate(plan):
-                if not committed:
-                    session.interrupt.check()
                 if index not in begun:
                     group = _group(plan, index)
                     begun.update(group)
                     journal.begin(group)
                 session.report(step.text, index, len(plan))
+                if not committed:
+                    session.interrupt.check()
                 ACTIONS[step.action].do(session, step.arguments)
                 if step.commits:
-                    session.interrupt.check()
                     journal.commit()
-                    committed = session.interrupt.deaf = True
+                    committed = True
             journal.finish()
         except BaseException as error:
             if committed:
@@ -206,7 +296,7 @@ def run(session: Session, operation: Operation) -> None:
 
 
 def _group(plan: tuple[Step, ...], index: int) -> list[int]:
-    """A step, and those behind it that run while the guest stands: noted together, so that no sync adds to the pause."""
+    """A step, and those behind it that run while the guest stands: noted together, no sync adds to the pause."""
     last = index + 1
     while last < len(plan) and plan[last].paused:
         last += 1
@@ -283,17 +373,3 @@ def _without_background(domain: ActiveDomain, request: SnapshotRequest, progress
     if progress is not None:
         progress(f"background snapshots are not possible here (QEMU: {reason}): taking it live", 0, 0)
     return replace(request, liveness=Liveness.LIVE)
-
-
-def _host_facts(paths: set[str]) -> dict[str, PathFacts]:
-    """What the host says about file names."""
-    found = {}
-    for path in paths:
-        directory = os.path.dirname(path) or "."
-        usable = os.path.isdir(directory) and os.access(directory, os.W_OK | os.X_OK)
-        free, device = 0, -1
-        if os.path.isdir(directory):
-            status = os.statvfs(directory)
-            free, device = status.f_bavail * status.f_frsize, os.stat(directory).st_dev
-        found[path] = PathFacts(os.path.lexists(path), usable, free, device)
-    return found

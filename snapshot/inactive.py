@@ -52,3 +52,21 @@ def delete_internal(session: Session, arguments: Arguments) -> None:
     if image is not None:
         image.close()
     offline.delete_internal(arguments["path"], arguments["name"])
+
+
+def apply_internal(session: Session, arguments: Arguments) -> None:
+    """Make the active layer what an internal snapshot holds."""
+    image = held_layer(session, arguments["path"])
+    stored = [one for one in image.snapshots if one.name == arguments["name"]]
+    if len(stored) != 1:
+        raise DomainSnapshotError(f"'{arguments['path']}' has {len(stored)} snapshots '{arguments['name']}'")
+    qcowlib.apply_snapshot(image, stored[0])
+    image.flush()
+
+
+def unapply_internal(session: Session, arguments: Arguments) -> None:
+    """Undo: back to what the image held before, which is in the snapshot that was taken as the way back."""
+    image = session.images.pop(arguments["path"], None)
+    if image is not None:
+        image.close()
+    offline.apply_internal(arguments["path"], arguments["way_back"])

@@ -54,9 +54,9 @@ def wait_for_job(
         if found is None:
             return {}
         if found["status"] == "ready":
-            session.qmp.execute("job-complete", {"id": job})
-        elif found["status"] == "pending":
-            session.qmp.execute("job-finalize", {"id": job})
+            # It stays "ready" for a moment after the first call, and may have gone on when the second one comes.
+            with contextlib.suppress(QmpError):
+                session.qmp.execute("job-complete", {"id": job})
         elif found["status"] == "concluded":
             return found
         if found.get("total-progress"):

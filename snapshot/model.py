@@ -109,6 +109,39 @@ class SnapshotRequest:
 
 
 @dataclass(frozen=True)
+class RevertOptions:
+    """How to go back to a snapshot.
+
+    Attributes:
+        running: whether the guest runs afterwards; None: as it was in the snapshot.
+        disks: targets of the disks to revert, without the memory; None: everything that the snapshot has.
+        discard_current: give the present state up; otherwise it is kept in a safety snapshot first.
+        safety_name: name of that one; None: made from the time.
+    """
+
+    running: bool | None = None
+    disks: tuple[str, ...] | None = None
+    discard_current: bool = False
+    safety_name: str | None = None
+
+
+@dataclass(frozen=True)
+class DeleteOptions:
+    """How to delete a snapshot.
+
+    Attributes:
+        children: all snapshots that come from it as well.
+        metadata_only: take it out of the catalog and leave the files alone.
+        into: where external snapshots are merged: "base" (the frozen file takes what came later) or "overlay"; None:
+            the way that moves fewer bytes.
+    """
+
+    children: bool = False
+    metadata_only: bool = False
+    into: str | None = None
+
+
+@dataclass(frozen=True)
 class DiskSnapshot:
     """What a snapshot has of one disk.
 

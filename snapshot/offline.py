@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import Protocol
 
 import qcowlib
 from snapshot.domain import backing_path, same_file
 from snapshot.session import unlocked
 
 _LOCAL = qcowlib.LocalFiles()
+
+
+class StoredLike(Protocol):
+    """An entry of a snapshot table."""
+
+    @property
+    def id(self) -> str:
+        """Its id."""
+        ...
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+        ...
 
 
 def merge_back(overlay: str, base: str) -> None:
@@ -34,14 +49,59 @@ def holds_zeroes(image: qcowlib.BlockImage) -> bool:
     return any((table.kind == zero).any() for table in image.layer_extents(0, image.size))
 
 
-def delete_internal(path: str, name: str) -> None:
-    """Delete the internal snapshot of a name, if it is there."""
+def delete_internal(path: str, name: str, snapshot_id: str | None = None) -> None:
+    """Delete the internal snapshots of a name (only the one of that id, if it is given); none may be there."""
+
+    def wanted(stored: StoredLike) -> bool:
+        return stored.name == name and snapshot_id in (None, stored.id)
+
+    with unlocked(lambda: open_layer(path)) as image:
+        found = any(wanted(stored) for stored in image.snapshots)
+    if found:
+        with unlocked(lambda: open_writable_layer(path)) as image:
+            for stored in [stored for stored in image.snapshots if wanted(stored)]:
+                qcowlib.delete_snapshot(image, stored)
+
+
+def apply_internal(path: str, name: str) -> None:
+    """Make the active layer what an internal snapshot holds, if the snapshot is there."""
     with unlocked(lambda: open_layer(path)) as image:
         found = any(stored.name == name for stored in image.snapshots)
     if found:
         with unlocked(lambda: open_writable_layer(path)) as image:
-            for stored in [stored for stored in image.snapshots if stored.name == name]:
-                qcowlib.delete_snapshot(image, stored)
+            qcowlib.apply_snapshot(image, next(stored for stored in image.snapshots if stored.name == name))
+
+
+def dependents(path: str, known: Iterable[str]) -> list[str]:
+    """Files that are based directly on a file: among those known, and in the directories of all of them.
+
+    Args:
+        path: the file that others may be based on.
+        known: other files that the domain has, or had.
+    """
+    candidates = {os.path.abspath(name) for name in known}
+    for directory in {os.path.dirname(name) for name in (*candidates, os.path.abspath(path))}:
+        with contextlib.suppress(OSError), os.scandir(directory) as entries:
+            candidates.update(entry.path for entry in entries if entry.is_file())
+    found = []
+    for candidate in sorted(candidates):
+        with contextlib.suppress(OSError):
+            if format_of(candidate) == "qcow2" and not same_file(candidate, path):
+                below = backing_path(candidate)
+                if below is not None and same_file(below, path):
+                    found.append(candidate)
+    return found
+
+
+def data_bytes(path: str) -> int:
+    """Bytes of data in one file, as far as it can be told while somebody writes."""
+    kinds = (qcowlib.ExtentKind.DATA, qcowlib.ExtentKind.COMPRESSED)
+    try:
+        with qcowlib.open_image(path, format=format_of(path), open_backing=False, force_share=True) as image:
+            tables = image.layer_extents(0, image.size)
+            return sum(int(table.length[table.kind == int(kind)].sum()) for table in tables for kind in kinds)
+    except qcowlib.QcowError:
+        return os.stat(path).st_blocks * 512
 
 
 def open_layer(path: str) -> qcowlib.Qcow2Image:

@@ -46,7 +46,9 @@ def draft(resolved: Resolved, parent: str | None) -> DomainSnapshot:
         file = internal[0].facts.disk.path
     memory = MemorySnapshot(MemoryMode.NO)
     if resolved.memory is not MemoryMode.NO:
-        memory = MemorySnapshot(resolved.memory, file, machine=facts.machine, ram_size=facts.ram_size)
+        memory = MemorySnapshot(
+            resolved.memory, file, machine=facts.machine, ram_size=facts.ram_size, devices=facts.devices
+        )
     return DomainSnapshot(
         name=request.name,
         domain=facts.name,
@@ -95,6 +97,17 @@ def unrecord(session: Session, arguments: Arguments) -> None:
     """Take the snapshot out again, put the layers and the current snapshot back."""
     if any(snapshot.name == arguments["name"] for snapshot in session.store.load()):
         session.store.remove(arguments["name"])
+    unswitch(session, arguments)
+
+
+def switch(session: Session, arguments: Arguments) -> None:
+    """After a revert: say which snapshot is current, and which files the domain goes on with."""
+    session.journal.set_layers(arguments["layers"])
+    session.store.set_current(arguments["name"])
+
+
+def unswitch(session: Session, arguments: Arguments) -> None:
+    """Undo of `switch`."""
     if session.store.current != arguments["current"]:
         session.store.set_current(arguments["current"])
     if session.journal.layers() != arguments["layers_before"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -124,6 +125,8 @@ class Session:
         self.instant = 0  # when the disks were switched, nanoseconds since 1970
         self.held = contextlib.ExitStack()
         self.images: dict[str, qcowlib.BlockImage] = {}
+        self.started: subprocess.Popen[bytes] | None = None
+        self.previous_qmp: Qmp | None = None
         self._lost = False
 
     @property
@@ -149,6 +152,21 @@ class Session:
         except QemuLost:
             self._lost = True
         return not self._lost
+
+    def replace_qmp(self, qmp: Qmp) -> None:
+        """Go on with another QEMU; the connection to the old one is kept."""
+        self.previous_qmp, self.qmp_or_none = self.qmp_or_none, qmp
+        self._lost = False
+
+    def restore_qmp(self) -> None:
+        """Go back to the QEMU before, if there was one."""
+        if self.previous_qmp is not None:
+            self.qmp_or_none, self.previous_qmp = self.previous_qmp, None
+
+    def rename_qmp(self, path: str) -> None:
+        """The socket of the present QEMU has got another name."""
+        if self.qmp_or_none is not None:
+            self.qmp_or_none.path = path
 
     def report(self, what: str, done: int, total: int) -> None:
         """Tell the caller how far it is."""

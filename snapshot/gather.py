@@ -1,0 +1,131 @@
+"""Asking for everything that a plan depends on: the domain, the catalog, the files."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+
+import qcowlib
+from snapshot import offline, plan_delete, plan_revert
+from snapshot.domain import ActiveDomain, Domain, DomainFacts, backing_path
+from snapshot.errors import NoSuchDomainSnapshot
+from snapshot.journal import Journal
+from snapshot.model import DeleteOptions, DiskMode, DiskRequest, DomainSnapshot, RevertOptions, SnapshotRequest
+from snapshot.plan import PathFacts
+from snapshot.session import Store
+
+
+def delete_request(
+    domain: Domain, catalog: Store, journal: Journal, name: str, options: DeleteOptions
+) -> plan_delete.DeleteRequest:
+    """What a deletion depends on."""
+    snapshot, layers = find(catalog, name), journal.layers()
+    facts, description = domain.facts(layers), domain.description
+    known = known_files(catalog, facts)
+    files = {path for disk in snapshot.disks for path in (disk.file, disk.overlay) if path is not None}
+    return plan_delete.DeleteRequest(
+        snapshot=snapshot,
+        others=[one for one in catalog.load() if one.name != name],
+        facts=facts,
+        options=options,
+        layers=layers,
+        files={path: _file_facts(path, known) for path in files},
+        described={} if description is None else {disk.target: disk.path for disk in description.disks},
+        token=secrets.token_hex(4),
+    )
+
+
+def _file_facts(path: str, known: set[str]) -> plan_delete.FileFacts:
+    if not os.path.exists(path):
+        return plan_delete.FileFacts(False)
+    image_format = offline.format_of(path)
+    with qcowlib.open_image(path, format=image_format, open_backing=False, force_share=True) as image:
+        size, names = image.size, [stored.name for stored in image.snapshots]
+    return plan_delete.FileFacts(
+        exists=True,
+        format=image_format,
+        backing=backing_path(path) if image_format == "qcow2" else None,
+        dependents=offline.dependents(path, known),
+        snapshots=names,
+        size=size,
+        data=offline.data_bytes(path),
+    )
+
+
+def find(catalog: Store, name: str) -> DomainSnapshot:
+    """A snapshot of the catalog.
+
+    Raises:
+        NoSuchDomainSnapshot: there is none of that name.
+    """
+    for snapshot in catalog.load():
+        if snapshot.name == name:
+            return snapshot
+    raise NoSuchDomainSnapshot(f"there is no snapshot '{name}'")
+
+
+def revert_request(
+    domain: Domain, catalog: Store, journal: Journal, snapshot: DomainSnapshot, options: RevertOptions
+) -> plan_revert.RevertRequest:
+    """What a revert depends on."""
+    layers = journal.layers()
+    facts, description = domain.facts(layers), domain.description
+    files = [disk.file for disk in snapshot.disks if disk.mode is not DiskMode.NO]
+    known = known_files(catalog, facts)
+    wanted = [*files, snapshot.memory.file] if options.disks is None else files
+    return plan_revert.RevertRequest(
+        snapshot=snapshot,
+        facts=facts,
+        options=options,
+        described={} if description is None else {disk.target: disk.path for disk in description.disks},
+        command=() if description is None else tuple(description.command),
+        socket=_socket(domain),
+        layers=layers,
+        current=catalog.current,
+        token=secrets.token_hex(4),
+        directory=journal.directory,
+        dependents={path: offline.dependents(path, known) for path in files},
+        missing=[path for path in wanted if path is not None and not os.path.exists(path)],
+    )
+
+
+def _socket(domain: Domain) -> str | None:
+    if isinstance(domain, ActiveDomain):
+        return domain.qmp.path
+    return None if domain.description is None else domain.description.qmp_socket
+
+
+def known_files(catalog: Store, facts: DomainFacts) -> set[str]:
+    """Every disk file that the domain has or had."""
+    files = {path for one in facts.disks for path in (one.disk.path, *one.disk.backing_chain)}
+    for snapshot in catalog.load():
+        files.update(path for disk in snapshot.disks for path in (disk.file, disk.overlay) if path is not None)
+    return files
+
+
+def safety_request(request: plan_revert.RevertRequest) -> SnapshotRequest:
+    """Keep the present state in a way that leaves the files that the revert needs alone."""
+    name = request.options.safety_name or time.strftime("before-revert-%Y%m%d-%H%M%S", time.gmtime())
+    inside = any(disk.mode is DiskMode.INTERNAL for disk in request.chosen)
+    return SnapshotRequest(
+        name,
+        disk_only=not request.facts.active,
+        default_mode=None if inside else DiskMode.EXTERNAL,
+        description=f"before the revert to '{request.snapshot.name}'",
+        disks={one.disk.target: DiskRequest(DiskMode.NO) for one in request.facts.disks if one.disk.read_only},
+    )
+
+
+def host_facts(paths: set[str]) -> dict[str, PathFacts]:
+    """What the host says about file names."""
+    found = {}
+    for path in paths:
+        directory = os.path.dirname(path) or "."
+        usable = os.path.isdir(directory) and os.access(directory, os.W_OK | os.X_OK)
+        free, device = 0, -1
+        if os.path.isdir(directory):
+            status = os.statvfs(directory)
+            free, device = status.f_bavail * status.f_frsize, os.stat(directory).st_dev
+        found[path] = PathFacts(os.path.lexists(path), usable, free, device)
+    return found

@@ -1,0 +1,191 @@
+"""Planning the deletion of a snapshot: the reasons against it, or the steps.
+
+    catalog entry gone  ->  internal: deleted in each file
+    (takes effect)          external: frozen file F and overlay O become one file, O into F or F into O
+                            other entries and active layers that named the vanished file name the other one
+                            memory file and vanished files removed
+
+The entry goes first: nobody can go back to a snapshot that is half merged. Every later step can be done again, so that
+an operation that is cut off is finished by `recover`. At every moment the guest's disks read the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from snapshot.domain import DomainFacts, same_file
+from snapshot.model import DeleteOptions, DiskMode, DiskSnapshot, DomainSnapshot, MemoryMode
+from snapshot.plan import against_state
+from snapshot.step import Step
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What is true of a file that takes part in a merge.
+
+    Attributes:
+        exists: it is there.
+        format: "qcow2" or "raw".
+        backing: the file that it is based on.
+        dependents: files that are based on it.
+        snapshots: names of the internal snapshots in it.
+        size: of its disk, in bytes.
+        data: bytes of data in it, which a merge of it has to move.
+    """
+
+    exists: bool
+    format: str = "raw"
+    backing: str | None = None
+    dependents: Sequence[str] = ()
+    snapshots: Sequence[str] = ()
+    size: int = 0
+    data: int = 0
+
+
+@dataclass(frozen=True)
+class DeleteRequest:
+    """Everything that a deletion depends on; `files`: facts of every file of the snapshot, by path."""
+
+    snapshot: DomainSnapshot
+    others: Sequence[DomainSnapshot]
+    facts: DomainFacts
+    options: DeleteOptions
+    layers: Mapping[str, str]
+    files: Mapping[str, FileFacts]
+    described: Mapping[str, str]
+    token: str
+
+
+@dataclass(frozen=True)
+class Merge:
+    """How the two files of one external disk snapshot become one.
+
+    Attributes:
+        disk: the disk.
+        frozen, overlay: the two files.
+        into: "base" or "overlay"; None when neither is possible.
+        against: for each direction what is against it.
+        moved: for each direction the bytes that it moves at most.
+    """
+
+    disk: DiskSnapshot
+    frozen: str
+    overlay: str
+    into: str | None
+    against: Mapping[str, Sequence[str]]
+    moved: Mapping[str, int]
+
+
+def merges(request: DeleteRequest) -> list[Merge]:
+    """The merges of a deletion: one for each external disk whose overlay is still based on its frozen file."""
+    return [
+        _merge(request, disk, disk.overlay)
+        for disk in request.snapshot.disks
+        if disk.mode is DiskMode.EXTERNAL and disk.overlay is not None and _based(request, disk)
+    ]
+
+
+def reasons(request: DeleteRequest) -> list[str]:
+    """Everything that is against a deletion; empty when it can be done."""
+    if request.options.metadata_only:
+        return []
+    return [*_against_state(request), *_against_internal(request), *_against_merges(request)]
+
+
+def steps(request: DeleteRequest) -> list[Step]:
+    """The steps of a deletion that nothing is against."""
+    return list(_steps(request))
+
+
+def _based(request: DeleteRequest, disk: DiskSnapshot) -> bool:
+    facts = request.files.get(disk.overlay or "", FileFacts(False))
+    return facts.exists and facts.backing is not None and same_file(facts.backing, disk.file)
+
+
+def _merge(request: DeleteRequest, disk: DiskSnapshot, overlay: str) -> Merge:
+    base, top = request.files[disk.file], request.files[overlay]
+    against: dict[str, list[str]] = {"base": [], "overlay": []}
+    for other in base.dependents:
+        if not same_file(other, overlay):
+            against["base"].append(f"'{other}' is based on '{disk.file}' as well")
+    for snapshot in request.others:
+        if any(one.mode is DiskMode.EXTERNAL and one.file == disk.file for one in snapshot.disks):
+            against["base"].append(f"the snapshot '{snapshot.name}' needs '{disk.file}' as it is")
+    if top.snapshots:
+        against["base"].append(f"'{overlay}' holds the internal snapshot '{top.snapshots[0]}', which would be lost")
+    if top.size > base.size:
+        against["base"].append(f"'{overlay}' is a larger disk than '{disk.file}'")
+    moved = {"base": top.data, "overlay": base.data}
+    possible = [way for way in ("base", "overlay") if not against[way] and request.options.into in (None, way)]
+    into = min(possible, key=lambda way: moved[way]) if possible else None
+    return Merge(disk, disk.file, overlay, into, against, moved)
+
+
+def _against_state(request: DeleteRequest) -> Iterator[str]:
+    if request.facts.active:
+        yield from against_state(request.facts)
+    for facts in request.facts.disks:
+        if facts.in_use is not None:
+            yield f"disk {facts.disk.target} is in use by {facts.in_use}"
+
+
+def _against_internal(request: DeleteRequest) -> Iterator[str]:
+    tops = [facts.disk.path for facts in request.facts.disks]
+    for disk in request.snapshot.disks:
+        if disk.mode is DiskMode.INTERNAL and request.facts.active and not any(same_file(disk.file, t) for t in tops):
+            below = any(same_file(disk.file, path) for one in request.facts.disks for path in one.disk.backing_chain)
+            if below:
+                yield (
+                    f"disk {disk.target}: '{disk.file}' holds the internal snapshot and is a backing file now, which a "
+                    "running QEMU cannot change: shut the domain down first"
+                )
+
+
+def _against_merges(request: DeleteRequest) -> Iterator[str]:
+    for merge in merges(request):
+        if merge.into is None:
+            wanted = request.options.into
+            for way in ("base", "overlay"):
+                if wanted in (None, way):
+                    yield from (f"disk {merge.disk.target}: {reason}" for reason in merge.against[way])
+
+
+def _steps(request: DeleteRequest) -> Iterator[Step]:
+    snapshot = request.snapshot
+    yield Step("decide", {}, f"delete '{snapshot.name}': from here on only forward", commits=True)
+    yield Step("forget", {"name": snapshot.name}, f"take '{snapshot.name}' out of the catalog")
+    if request.options.metadata_only:
+        return
+    for disk in snapshot.disks:
+        if disk.mode is DiskMode.INTERNAL:
+            arguments = {"name": disk.internal_name or snapshot.name, "id": disk.internal_id, "path": disk.file}
+            yield Step("remove-internal", arguments, f"delete the internal snapshot in '{disk.file}'")
+    for number, merge in enumerate(merges(request)):
+        yield from _merge_steps(request, merge, f"ds-{request.token}-{number}")
+    memory = snapshot.memory
+    shared = any(other.memory.file == memory.file for other in request.others)
+    if memory.mode is MemoryMode.EXTERNAL and memory.file is not None and not shared:
+        yield Step("remove-file", {"path": memory.file, "image": False}, f"remove the memory file '{memory.file}'")
+
+
+def _merge_steps(request: DeleteRequest, merge: Merge, job: str) -> Iterator[Step]:
+    frozen, overlay, target = merge.frozen, merge.overlay, merge.disk.target
+    base = request.files[frozen]
+    moved = f"{merge.moved[merge.into or 'base']} bytes"
+    arguments = {"frozen": frozen, "format": base.format, "overlay": overlay, "job": job}
+    if merge.into == "base":
+        children = list(request.files[overlay].dependents)
+        yield Step("merge-down", arguments | {"children": children}, f"merge '{overlay}' into '{frozen}' ({moved})")
+        yield Step("rename", {"old": overlay, "new": frozen, "format": base.format, "target": target,
+                              "described": request.described.get(target)}, f"'{frozen}' takes its place")  # fmt: skip
+        yield Step("remove-file", {"path": overlay, "image": True}, f"remove '{overlay}'")
+        return
+    yield Step("merge-up", arguments | {"below": base.backing}, f"merge '{frozen}' into '{overlay}' ({moved})")
+    mine = any(one.overlay == frozen for other in request.others for one in other.disks)
+    needed = any(one.file == frozen for other in request.others for one in other.disks)
+    others = [path for path in base.dependents if not same_file(path, overlay)]
+    if mine and not needed and not others:
+        yield Step("rename", {"old": frozen, "new": overlay, "format": "qcow2", "target": target, "described": None},
+                   f"'{overlay}' takes its place")  # fmt: skip
+        yield Step("remove-file", {"path": frozen, "image": True}, f"remove '{frozen}'")

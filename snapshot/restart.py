@@ -1,0 +1,198 @@
+"""Starting a domain's QEMU with the memory of a snapshot, and ending the one before it.
+
+    start: command -> process -> QMP -> machine and RAM as recorded? -> memory file through a descriptor -> loaded
+
+The new QEMU runs beside the old one, which stands still until the new one has everything; its QMP socket has a name of
+its own until the old one is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from snapshot.errors import DomainSnapshotError, QemuLost, QmpError, QmpTimeout
+from snapshot.qmp import Qmp, listening
+from snapshot.session import Session
+
+Arguments = dict[str, Any]
+
+_START_DEADLINE = 60.0
+_LOAD_DEADLINE = 3600.0
+
+
+def start(session: Session, arguments: Arguments) -> None:
+    """Start QEMU with its guest standing, and load the memory file if there is one.
+
+    Raises:
+        DomainSnapshotError: it did not start, is another machine, or could not load the memory; it was ended again.
+    """
+    log = arguments["log"]
+    with open(log, "wb") as output:
+        process = subprocess.Popen(
+            arguments["command"], stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+        )
+    with open(arguments["pid_file"], "w", encoding="ascii") as file:
+        file.write(str(process.pid))
+    session.started = process
+    qmp = _connect(process, arguments["socket"], log)
+    session.held.callback(qmp.close)
+    _check_machine(qmp, arguments)
+    if arguments["memory"] is not None:
+        _load(session, qmp, process, arguments)
+    session.replace_qmp(qmp)
+
+
+def end_started(session: Session, arguments: Arguments) -> None:
+    """Undo: end the process that was started."""
+    process = session.started
+    pid = process.pid if process is not None else _recorded_pid(arguments)
+    if pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        if process is not None:
+            process.wait(_START_DEADLINE)
+        else:
+            _wait_for_end(pid)
+    for name in (arguments["pid_file"], arguments["socket"] if arguments["socket"] != arguments["final"] else None):
+        if name is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
+    session.restore_qmp()
+
+
+def take_over(session: Session, arguments: Arguments) -> None:
+    """End the old QEMU, and give the new one's socket its name."""
+    own, final = arguments["socket"], arguments["final"]
+    if own != final:
+        if not os.path.exists(own):
+            return
+        old, new = session.previous_qmp, session.qmp_or_none
+        if new is not None and new.path == final:  # in `recover`: what is known is the old one
+            old, new = new, None
+        if old is not None:
+            with contextlib.suppress(QemuLost, QmpError):
+                old.execute("quit")
+            old.close()
+        end = time.monotonic() + _START_DEADLINE
+        while listening(final):
+            if time.monotonic() > end:
+                raise QmpTimeout(f"the old QEMU at '{final}' does not end")
+            time.sleep(0.05)
+        os.replace(own, final)
+        if new is None:
+            new = Qmp(final)
+            session.held.callback(new.close)
+            session.replace_qmp(new)
+    session.rename_qmp(final)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(arguments["pid_file"])
+
+
+def fill_command(command: Sequence[str], values: dict[str, str], incoming: Sequence[str]) -> list[str]:
+    """A domain's start command with its placeholders replaced; `{incoming}` stands for several arguments."""
+    filled: list[str] = []
+    for argument in command:
+        if argument == "{incoming}":
+            filled.extend(incoming)
+            continue
+        text = argument
+        for name, value in values.items():
+            text = text.replace("{" + name + "}", value)
+        filled.append(text)
+    return filled
+
+
+def _connect(process: subprocess.Popen[bytes], socket: str, log: str) -> Qmp:
+    end = time.monotonic() + _START_DEADLINE
+    while True:
+        if process.poll() is not None:
+            raise DomainSnapshotError(f"the domain's command ended with {process.returncode}: {_tail(log)}")
+        if listening(socket):
+            with contextlib.suppress(QemuLost):
+                return Qmp(socket)
+        if time.monotonic() > end:
+            raise QmpTimeout(f"the domain's command opened no QMP socket '{socket}' within {_START_DEADLINE:g} s")
+        time.sleep(0.05)
+
+
+def _check_machine(qmp: Qmp, arguments: Arguments) -> None:
+    """QEMU checks some of this only after it has begun to load, and some never."""
+    machine = str(qmp.execute("qom-get", {"path": "/machine", "property": "type"})).removesuffix("-machine")
+    if arguments["machine"] is not None and machine != arguments["machine"]:
+        raise DomainSnapshotError(f"the command starts a {machine}, and the memory is of a {arguments['machine']}")
+    memory = qmp.execute("query-memory-size-summary")
+    ram = int(memory["base-memory"]) + int(memory.get("plugged-memory", 0))
+    if arguments["ram_size"] is not None and ram != arguments["ram_size"]:
+        raise DomainSnapshotError(
+            f"the command starts a machine with {ram} bytes of RAM, and the memory has {arguments['ram_size']}"
+        )
+    shown = {
+        os.path.realpath(device["inserted"]["file"]): device["inserted"]["image"]["virtual-size"]
+        for device in qmp.execute("query-block")
+        if "inserted" in device
+    }
+    for path, size in arguments["sizes"].items():
+        found = shown.get(os.path.realpath(path))
+        if found is None:
+            raise DomainSnapshotError(f"the command does not open '{path}' as one of its disks")
+        if size is not None and found != size:
+            raise DomainSnapshotError(f"'{path}' is a disk of {found} bytes, and the snapshot's was of {size}")
+
+
+def _load(session: Session, qmp: Qmp, process: subprocess.Popen[bytes], arguments: Arguments) -> None:
+    descriptor = os.open(arguments["memory"], os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        qmp.send_descriptor(descriptor, "domsnap-memory")
+    finally:
+        os.close(descriptor)
+    try:
+        qmp.execute("migrate-incoming", {"uri": "fd:domsnap-memory"})
+        end = time.monotonic() + _LOAD_DEADLINE
+        while (status := qmp.execute("query-migrate").get("status")) != "completed":
+            session.interrupt.check()
+            if status == "failed" or time.monotonic() > end:
+                raise DomainSnapshotError(f"loading the memory failed: {_tail(arguments['log'])}")
+            time.sleep(0.02)
+    except QemuLost:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_START_DEADLINE)
+        raise DomainSnapshotError(f"QEMU refused the memory: {_tail(arguments['log'])}") from None
+
+
+def _tail(log: str) -> str:
+    with contextlib.suppress(OSError), open(log, encoding="utf-8", errors="replace") as file:
+        lines = [line.strip() for line in file if line.strip()]
+        return "; ".join(lines[-3:]) or "it said nothing"
+    return "it said nothing"
+
+
+def _recorded_pid(arguments: Arguments) -> int | None:
+    """The process that a domsnap which is gone has started, if it still is that one."""
+    with contextlib.suppress(OSError, ValueError):
+        with open(arguments["pid_file"], encoding="ascii") as file:
+            pid = int(file.read())
+        with open(f"/proc/{pid}/cmdline", "rb") as file:
+            words = file.read().split(b"\0")
+        if any(arguments["socket"].encode() in word for word in words):
+            return pid
+    return None
+
+
+def _wait_for_end(pid: int) -> None:
+    end = time.monotonic() + _START_DEADLINE
+    while time.monotonic() < end:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+            if file.read().rpartition(")")[2].split()[0] == "Z":
+                return
+        time.sleep(0.05)
+    raise QmpTimeout(f"the process {pid} does not end")
