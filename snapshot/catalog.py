@@ -187,7 +187,8 @@ class Catalog:
         # One name for each file, so that what a crash leaves is used again; links are not followed.
         fresh = os.path.join(self.directory, f".{name}.new")
         try:
-            descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            # libvirt's XML may have passwords in it: for the owner's eyes.
+            descriptor = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             with open(descriptor, "wb") as file:
                 file.write(data)
                 file.flush()

@@ -21,42 +21,14 @@ import os
 import re
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
+from snapshot.description import DomainDescription, checked
 from snapshot.errors import SourceError
 from snapshot.model import Disk
+from snapshot.xl_config import from_xl_config
 
 _MAX_BYTES = 4 << 20
-_PLACEHOLDER = re.compile(r"\{(qmp|incoming|agent|(?:disk|format):[^{}]*)\}")
-
-
-@dataclass(frozen=True)
-class DomainDescription:
-    """What a source says about a domain.
-
-    Attributes:
-        name: of the domain.
-        disks: in the order of the source, with absolute paths.
-        qmp_socket: absolute path of the QMP socket; None when the source names none.
-        command: what starts the domain: arguments with the placeholders {qmp}, {incoming}, {disk:TARGET} and
-            {format:TARGET}; empty when the source names none.
-        agent_socket: absolute path of the guest agent's socket.
-        memory_size: bytes of RAM, if said.
-        machine: machine type, if said.
-        path: absolute path of the source.
-        xml: libvirt's XML of the domain, when that is the source.
-    """
-
-    name: str
-    disks: tuple[Disk, ...]
-    qmp_socket: str | None = None
-    command: tuple[str, ...] = ()
-    agent_socket: str | None = None
-    memory_size: int | None = None
-    machine: str | None = None
-    path: str | None = None
-    xml: bytes | None = None
 
 
 def load_description(path: str | os.PathLike[str]) -> DomainDescription:
@@ -81,8 +53,6 @@ def load_description(path: str | os.PathLike[str]) -> DomainDescription:
         text = data.decode()
         if name.endswith(".toml"):
             return from_toml(text, name)
-        from snapshot.xl_config import from_xl_config
-
         return from_xl_config(text, name)
     except UnicodeDecodeError:
         raise SourceError(f"{name}: not UTF-8 text") from None
@@ -226,31 +196,3 @@ def _libvirt_memory(text: str | None, unit: str | None) -> int | None:
         return None
     factor = _UNITS.get(unit or "KiB")
     return None if factor is None else int(text) * factor
-
-
-# --- What holds for every source
-
-
-def checked(description: DomainDescription) -> DomainDescription:
-    """The description itself; SourceError when it cannot be of a domain."""
-    if not description.name:
-        raise SourceError("the domain has no name")
-    if not description.disks and description.qmp_socket is None:
-        raise SourceError("the domain has neither disks nor a QMP socket")
-    targets: set[str] = set()
-    paths: dict[str, str] = {}
-    for disk in description.disks:
-        if disk.target in targets:
-            raise SourceError(f"two disks are called {disk.target}")
-        targets.add(disk.target)
-        if "\0" in disk.path or not os.path.isabs(disk.path):
-            raise SourceError(f"disk {disk.target}: '{disk.path}' is not an absolute path")
-        if disk.path in paths:
-            raise SourceError(f"disks {paths[disk.path]} and {disk.target} are one file, {disk.path}")
-        paths[disk.path] = disk.target
-    for word in description.command:
-        for placeholder in _PLACEHOLDER.findall(word):
-            kind, _, target = placeholder.partition(":")
-            if kind in {"disk", "format"} and target not in targets:
-                raise SourceError(f"command: {{{placeholder}}} names no disk of the domain")
-    return description

@@ -12,9 +12,9 @@ import os
 import re
 from collections.abc import Iterator
 
+from snapshot.description import DomainDescription, checked
 from snapshot.errors import SourceError
 from snapshot.model import Disk
-from snapshot.sources import DomainDescription, checked
 
 Value = str | int | list["Value"]
 

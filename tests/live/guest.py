@@ -247,6 +247,12 @@ class Monitor:
         """Close the socket."""
         self._socket.close()
 
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def _message(self, deadline: float) -> dict[str, Any]:
         while b"\n" not in self._buffer:
             self._socket.settimeout(max(deadline - time.monotonic(), 0.001))

@@ -1,0 +1,89 @@
+"""domsnap create: take a snapshot."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+
+from snapshot.catalog import Catalog
+from snapshot.cli.output import Progress, disks_text, memory_text
+from snapshot.cli.running import finish
+from snapshot.cli.selection import selected
+from snapshot.document import name_problem
+from snapshot.errors import DomainSnapshotError, NotPossible
+from snapshot.model import DiskMode, DiskRequest, DomainSnapshot, Liveness, SnapshotRequest
+from snapshot.safe_xml import require_writable
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Carry the command out."""
+    request = build_request(arguments)
+    against = [problem for problem in (name_problem(request.name), _description_problem(request)) if problem]
+    if against:
+        raise NotPossible(f"create snapshot '{request.name}'", against)
+    from snapshot import executor
+
+    progress = Progress(arguments.verbose)
+    with selected(arguments) as selection:
+        try:
+            result = executor.create(
+                selection.required,
+                selection.catalog,
+                request,
+                dry_run=arguments.dry_run,
+                progress=progress,
+                wait=arguments.wait,
+            )
+        finally:
+            progress.clear()
+        code = finish(result, _describe)
+        if isinstance(result, DomainSnapshot) and arguments.digest:
+            _record_digests(selection.catalog, result, arguments.wait)
+    return code
+
+
+def _record_digests(catalog: Catalog, snapshot: DomainSnapshot, wait: float) -> None:
+    """Frozen files do not change any more, so that the guest need not wait for this."""
+    from snapshot.journal import Journal
+    from snapshot.verify import digested
+
+    try:
+        with_digests = digested(snapshot)
+        with Journal(catalog.directory).locked(wait):
+            catalog.replace(with_digests)
+    except DomainSnapshotError as error:
+        raise DomainSnapshotError(f"the snapshot was taken, but has no digests: {error}") from error
+
+
+def build_request(arguments: argparse.Namespace) -> SnapshotRequest:
+    """What the options ask for; names of files become absolute."""
+    disks: dict[str, DiskRequest] = {}
+    for target, mode, file in arguments.disks:
+        if target in disks:
+            raise DomainSnapshotError(f"--disk {target} is given twice")
+        disks[target] = DiskRequest(DiskMode(mode), None if file is None else os.path.abspath(file))
+    return SnapshotRequest(
+        name=arguments.name if arguments.name is not None else time.strftime("snapshot-%Y%m%d-%H%M%S"),
+        disk_only=arguments.disk_only,
+        default_mode=None if arguments.mode is None else DiskMode(arguments.mode),
+        disks=disks,
+        memory_file=None if arguments.memory is None else os.path.abspath(arguments.memory),
+        liveness=Liveness.PAUSED if arguments.live is None else Liveness(arguments.live),
+        quiesce=arguments.quiesce,
+        description=arguments.description,
+    )
+
+
+def _description_problem(request: SnapshotRequest) -> str | None:
+    try:
+        require_writable(request.description.replace("\r\n", "\n"), "the description")
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _describe(snapshot: DomainSnapshot) -> str:
+    memory = memory_text(snapshot)
+    parts = [snapshot.consistency.value, disks_text(snapshot), "" if memory == "-" else f"memory:{memory}"]
+    return f"created snapshot '{snapshot.name}': " + ", ".join(part for part in parts if part)

@@ -1,0 +1,128 @@
+"""The command domsnap on a real running guest: what it prints is true, and memory and disks are of one instant."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from snapshot.catalog import Catalog
+from snapshot.cli.main import main
+from snapshot.model import DiskMode, DomainSnapshot, MemoryMode
+from tests.live import guest
+from tests.live.guest import Guest, torn
+from tests.oracle import assert_clean
+
+pytestmark = pytest.mark.live
+
+
+def domain_file(directory: Path, disks: list[Path], machine: Guest | None = None) -> Path:
+    """A domain file of the guest; without a running one its socket is not there."""
+    socket = str(directory / "no-socket") if machine is None else machine.socket
+    path = directory / "vm.toml"
+    lines = [f"name = 'vm'\nqmp = {json.dumps(socket)}\n"]
+    for index, disk in enumerate(disks):
+        lines.append(f"[disks.vd{index}]\npath = {json.dumps(str(disk))}\nformat = 'qcow2'\n")
+    path.write_text("".join(lines))
+    return path
+
+
+def command(capsys: pytest.CaptureFixture[str], *words: object, code: int = 0) -> str:
+    """Standard output of a command that ends with this exit code."""
+    capsys.readouterr()
+    result = main([str(word) for word in words])
+    captured = capsys.readouterr()
+    assert result == code, captured.out + captured.err
+    return captured.out
+
+
+def consistent(snapshot: DomainSnapshot) -> str | None:
+    """What the oracle has against a domain snapshot, by the files that the catalog names."""
+    memory = snapshot.memory
+    assert memory.file is not None
+    if memory.mode is MemoryMode.INTERNAL:
+        record = guest.memory_of_vmstate(memory.file, snapshot.name)
+    else:
+        record = guest.memory_of_file(memory.file)
+    counters = [
+        guest.disk_counter(disk.file, snapshot=disk.internal_name if disk.mode is DiskMode.INTERNAL else None)
+        for disk in snapshot.disks
+    ]
+    return torn(record, counters)
+
+
+WAYS: dict[str, list[Any]] = {
+    "inside": [],
+    "mixed": ["--disk", "vd0:external", "--disk", "vd1:internal"],
+    "outside": ["--external", "--live", "--digest"],
+}
+
+
+def test_every_way_of_taking_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    disks = guest.make_disks(tmp_path, 2, period=1)
+    with guest.running(disks) as machine:
+        vm = domain_file(tmp_path, disks, machine)
+        for name, words in WAYS.items():
+            machine.wait_ticks(2)
+            assert f"created snapshot '{name}': checkpoint" in command(capsys, "create", name, "-f", vm, *words)
+        assert "crash-consistent" in command(capsys, "create", "disks", "-f", vm, "--disk-only")
+        machine.wait_ticks(2)
+        assert machine.status() == "running"
+        assert machine.complaints() == []
+        assert command(capsys, "list", "--tree", "-f", vm).split() == [
+            "inside", "+-", "mixed", "+-", "outside", "+-", "disks", "(current)",
+        ]  # fmt: skip
+        for name in [*WAYS, "disks"]:
+            assert "problems:     none (checked)" in command(capsys, "info", name, "--check", "-f", vm)
+        machine.quit()
+    catalog = Catalog(f"{vm}.snapshots")
+    assert [consistent(catalog.get(name)) for name in WAYS] == [None] * 3
+
+
+def test_qmp_socket_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    disks = guest.make_disks(tmp_path, 1)
+    with guest.running(disks, name="alone") as machine:
+        machine.monitor.job("snapshot-save", tag="by hand", vmstate="d0", devices=["d0"])
+        where = ["-s", machine.socket, "--catalog", tmp_path / "catalog"]
+        command(capsys, "create", "s1", *where)
+        value = json.loads(command(capsys, "list", "--output=json", *where))
+        assert [(each["name"], each["foreign"], each["domain"]) for each in value["snapshots"]] == [
+            ("by hand", True, "alone"),
+            ("s1", False, "alone"),
+        ]
+        # A second client has to wait for the socket, and says so.
+        with guest.Monitor(machine.socket):
+            capsys.readouterr()
+            assert main(["list", "-s", machine.socket, "--wait", "0.5", "--catalog", str(tmp_path / "catalog")]) == 5
+            assert machine.socket in capsys.readouterr().err
+        command(capsys, "list", *where)
+
+
+def test_memory_moved_inside_and_outside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Taken with the memory in a file, imported, loaded by `snapshot-load`; exported again, loaded by `-incoming`."""
+    disks = guest.make_disks(tmp_path, 2)
+    with guest.running(disks) as machine:
+        vm = domain_file(tmp_path, disks, machine)
+        command(capsys, "create", "s1", "-f", vm, "--internal", "--memory", tmp_path / "memory")
+        machine.wait_ticks(3)
+        assert main(["memory", "import", "s1", "-f", str(vm)]) == 1  # the guest has its images open
+        assert "lock" in capsys.readouterr().err
+        machine.quit()
+    vm = domain_file(tmp_path, disks)
+    catalog = Catalog(f"{vm}.snapshots")
+    record = guest.memory_of_file(tmp_path / "memory")
+    assert catalog.get("s1").memory.mode is MemoryMode.EXTERNAL
+    assert "put 690 KiB of memory into" in command(capsys, "memory", "import", "s1", "-f", vm)
+    assert catalog.get("s1").memory.mode is MemoryMode.INTERNAL
+    assert consistent(catalog.get("s1")) is None
+    assert_clean(disks[0])
+    with guest.running(disks, ticks=3) as machine:
+        printed = len(machine.ticks())
+        machine.monitor.job("snapshot-load", tag="s1", vmstate="d0", devices=["d0", "d1"])
+        machine.qmp("cont")
+        machine.wait_ticks(3)
+        assert machine.ticks()[printed:][0] in {record.n - 1, record.n, record.n + 1}
+        assert machine.complaints() == []
+        machine.quit()
+    command(capsys, "memory", "export", "s1", "-f", vm, "-o", tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "memory").read_bytes()
