@@ -1,9 +1,25 @@
 """Check: what is wrong with an image, as findings; nothing is changed.
 
-census --> damage in the mapping      } findings in qemu-img's order and words,
-comparison --> wrong refcounts        } counted as qemu-img counts them
-copied flags --> wrong COPIED flags   }
-overlaps --> what qemu-img does not look for
+    census --> damage in the mapping      } findings in qemu-img's order and words,
+    comparison --> wrong refcounts        } counted as qemu-img counts them
+    copied flags --> wrong COPIED flags   }
+    overlaps --> what qemu-img does not look for
+
+Codes of the findings, which stay as they are:
+
+| severity    | codes |
+|-------------|-------|
+| leak        | leak, refcount-too-high |
+| corruption  | refcount-too-low, refcount-overflow, copied-flag-l1, copied-flag-l2, copied-flag-compressed, overlap |
+|  mapping    | reference-beyond-end, l1-entry-reserved-bits, l2-table-unaligned, l2-entry-reserved-bits, |
+|             | data-cluster-unaligned, subcluster-bitmap-invalid, subclusters-without-cluster, |
+|             | compressed-with-subclusters, compressed-with-data-file |
+|  refcounts  | refcount-table-reserved-bits, refcount-block-unaligned, refcount-block-beyond-end, |
+|             | refcount-block-shared, refcount-block-damaged |
+|  snapshots  | snapshot-entry-incomplete, snapshot-l1-unaligned, snapshot-l1-too-large, snapshots-with-data-file |
+| check-error | refcount-unreadable, and where the check stops: snapshot-table-unreadable, snapshot-l1-too-many, |
+|             | l1-unreadable, bitmap-directory-damaged, bitmap-table-damaged, bitmap-tables-too-large, |
+|             | data-file-unknown, file-too-large, census-too-large |
 """
 
 from __future__ import annotations

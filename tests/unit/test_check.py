@@ -1,9 +1,12 @@
 """Findings of a check on drawn images: codes, places, severities, texts and numbers."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import qcowlib.operations.check as check_module
 from qcowlib.findings import CheckReport, Finding, Severity
 from qcowlib.metadata.state import Qcow2State
 from qcowlib.operations.check import check, check_state
@@ -172,3 +175,16 @@ def test_more_findings_than_are_listed_are_counted(monkeypatch: pytest.MonkeyPat
         ("Leaked cluster 8 refcount=2 reference=0", 1),
         ("191 more of the kind 'leak'", 191),
     ]
+
+
+def test_every_code_is_documented() -> None:
+    package = Path(check_module.__file__).parents[1]
+    documented = set(re.findall(r"[a-z0-9]+(?:-[a-z0-9]+)+|leak|overlap", check_module.__doc__ or ""))
+    used = set()
+    for name in ("census", "ledger", "mapping_census", "l2_scan"):
+        source = (package / "metadata" / f"{name}.py").read_text()
+        used |= set(re.findall(r'(?:add|damage|stop|add_rest|_note)\(\s*(?:\d, *\s*)?"([a-z0-9-]+)"', source))
+    source = (package / "operations" / "check.py").read_text()
+    used |= set(re.findall(r'(?:findings\.add|add_rest)\("([a-z0-9-]+)"', source))
+    assert len(used) > 25
+    assert used <= documented
