@@ -28,6 +28,8 @@ from snapshot.errors import SourceError
 from snapshot.model import Disk
 from snapshot.xl_config import from_xl_config
 
+__all__ = ["DomainDescription", "from_libvirt_xml", "from_toml", "load_description"]
+
 _MAX_BYTES = 4 << 20
 
 
