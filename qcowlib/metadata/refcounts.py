@@ -142,17 +142,22 @@ class RefcountStructure:
     def subtract(self, first: int, counts: RefcountArray | int, length: int | None = None) -> None:
         """Lower the refcounts of consecutive clusters, as `add` raises them; only in phase RELEASE.
 
-        A refcount that is too low for it stays at 0: it was wrong before.
+        A refcount that is too low for it stays at 0: it was wrong before. So was one that would give up the header,
+        the refcount structure or the active L1 table: it is left as it is, a leak at worst.
         """
         for block_index, inside, at in self._pieces(first, length if length is not None else np.size(counts)):
             if self._block(block_index) is None:
                 continue
             block = self._writable_block(block_index)
             less = counts[at].astype(block.dtype) if isinstance(counts, np.ndarray) else block.dtype.type(counts)
-            block[inside] -= np.minimum(block[inside], less)
-            freed = block[inside] == 0
+            here, start = block[inside], (block_index << self._bits) + inside.start
+            fixed = self._regions.fixed(start, start + len(here)) - start
+            kept = here[fixed]
+            here -= np.minimum(here, less)
+            here[fixed] = np.where(here[fixed] == 0, kept, here[fixed])
+            freed = here == 0
             if freed.any():
-                lowest = (block_index << self._bits) + inside.start + int(freed.argmax())
+                lowest = start + int(freed.argmax())
                 self._search_from = min(self._search_from, lowest)
 
     def allocate(self, want: int, minimum: int = 1) -> tuple[int, int]:

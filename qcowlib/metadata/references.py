@@ -62,8 +62,8 @@ def l2_batches(
         CorruptMetadata: an L1 entry has reserved bits, or its table is unaligned or not inside the file. The whole of
             `l1` is looked at before the first batch, so that nothing has been done then.
     """
+    require_sound_tables(storage, geometry, l1)
     index, host = l2_offsets(l1)
-    _require_sound(storage, geometry, l1, index, host)
     per_batch = max(1, batch_bytes >> geometry.cluster_bits)
     for start in range(0, len(host), per_batch):
         chosen = slice(start, start + per_batch)
@@ -117,7 +117,9 @@ def _read_padded_into(storage: ReadStorage, buffer: memoryview, position: int, e
         np.frombuffer(buffer, dtype=np.uint8)[done:] = 0
 
 
-def _require_sound(storage: ReadStorage, geometry: Geometry, l1: Entries, index: Int64Array, host: Int64Array) -> None:
+def require_sound_tables(storage: ReadStorage, geometry: Geometry, l1: Entries) -> None:
+    """Raise what `l2_batches` raises for this L1 table."""
+    index, host = l2_offsets(l1)
     reserved = np.flatnonzero(flagged(l1, L1_RESERVED))
     if len(reserved):
         raise CorruptMetadata("L1 table", None, f"entry {reserved[0]} has reserved bits set")

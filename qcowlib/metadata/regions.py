@@ -107,6 +107,14 @@ class MetadataRegions:
                 mask &= clusters != cluster
         return mask if mask.any() else None
 
+    def fixed(self, first: int, last: int) -> Int64Array:
+        """The host clusters from `first` to `last` (exclusive) that hold metadata other than L2 tables, sorted."""
+        if self._changes:
+            self._consolidate()
+        low, high = np.searchsorted(self._clusters, [first, last])
+        chosen: Int64Array = self._clusters[low:high][self._kinds[low:high] != RegionKind.L2_TABLE]
+        return chosen
+
     def _consolidate(self) -> None:
         changed = np.array(sorted(self._changes), dtype=np.int64)
         kinds = np.array([self._changes[cluster] for cluster in changed.tolist()], dtype=np.uint8)

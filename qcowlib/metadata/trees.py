@@ -22,7 +22,7 @@ from qcowlib.format.entries import (
 from qcowlib.metadata.l2_scan import L2Scan, ScanRules, scan_tables
 from qcowlib.metadata.refcounts import RefcountStructure
 from qcowlib.metadata.reference_counts import ReferenceCounts
-from qcowlib.metadata.references import L2Batch, l2_batches
+from qcowlib.metadata.references import L2Batch, l2_batches, require_sound_tables
 from qcowlib.metadata.regions import RegionKind
 from qcowlib.metadata.state import Qcow2State
 from qcowlib.storage.protocol import Storage
@@ -37,6 +37,7 @@ def count_tree(state: Qcow2State, l1: Entries) -> ReferenceCounts:
     Raises:
         CorruptMetadata: an entry of the tree is damaged.
     """
+    require_sound_tables(state.storage, state.geometry, l1)
     counts = ReferenceCounts(state.geometry.refcount_block_bits)
     used = offsets(l1, L1_OFFSET_MASK)
     distinct, uses = np.unique(used[used != 0], return_counts=True)
