@@ -37,6 +37,7 @@ QEMU_PACKAGES = {
     "nbdinfo": "libnbd-bin",
     "xmllint": "libxml2-utils",
     "virsh": "libvirt-clients",  # with libvirt0, which has the XML schemas
+    "virt-qemu-run": "libvirt-daemon-driver-qemu",
 }
 
 #: Folders of tests that search for a wrong state at length; the run against the wheel leaves them out.
