@@ -62,6 +62,10 @@ def manifest(corpus: Path) -> dict[str, Any]:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """The corpus's total, and what tests counted. The properties of a report reach this process from every worker."""
+    if archives.corpus_source() is None:
+        terminalreporter.write_line(
+            "CORPUS MISSING: its tests were not run (set QCOWLIB_CORPUS to its folder)", red=True
+        )
     total: Counter[str] = Counter()
     counted: dict[str, Counter[str]] = {}
     reports = [report for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)]
