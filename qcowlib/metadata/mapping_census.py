@@ -114,6 +114,21 @@ def count_mapping(ledger: Ledger, storage: ReadStorage, header: Header, snapshot
     return _MappingCensus(ledger, storage, header).count(snapshots)
 
 
+@dataclass(frozen=True)
+class _WrongEntries:
+    """The wrong entries of an L1 table.
+
+    Attributes:
+        damaged: an entry cannot be followed.
+        totals: numbers of entries with reserved bits, beyond the end, unaligned.
+        first: as many as can be told: index, entry, host offset, and the three flags.
+    """
+
+    damaged: bool
+    totals: Int64Array
+    first: tuple[Int64Array, Entries, Int64Array, BoolArray]
+
+
 class _MappingCensus:
     def __init__(self, ledger: Ledger, storage: ReadStorage, header: Header) -> None:
         self.ledger = ledger
@@ -125,6 +140,7 @@ class _MappingCensus:
         rules = ScanRules(self.geometry, header.version, header.has_data_file, ledger.file_end)
         self.scanner = TableScanner(rules, self.per_batch)
         self.problems = _Problems()
+        self.wrong_entries: dict[_L1Table, _WrongEntries] = {}
 
     def count(self, snapshots: list[SnapshotEntry]) -> MappingCount:
         """Gather, scan, tell."""
@@ -258,33 +274,48 @@ class _MappingCensus:
         """Count an L1 table and tell what is wrong with its entries and with the L2 tables that it names."""
         name = "active L1 table" if table.active else "snapshot L1 table"
         self.ledger.count_range(name, table.offset, table.entries * 8)
-        entries = self._read_l1(table)
-        reserved, beyond, unaligned, host = self._l1_problems(entries)
-        self.ledger.mapping_damaged |= bool(reserved.any() or beyond.any() or unaligned.any())
-        wrong = reserved | beyond | unaligned
-        if self.problems.by_table:
-            wrong |= (entries != 0) & np.isin(host, np.array(list(self.problems.by_table), dtype=np.int64))
-        places = np.flatnonzero(wrong)
-        told = 0
-        for index in places.tolist():
+        wrong = self._wrong_entries(table)
+        self.ledger.mapping_damaged |= wrong.damaged
+        told = np.zeros(3, dtype=np.int64)
+        for index, entry, host, flags in zip(*(column.tolist() for column in wrong.first), strict=True):
             if not self.ledger.findings.room:
                 break
-            told += 1
+            told += flags
             where = table.offset + 8 * index
-            if reserved[index]:
-                text = f"ERROR found L1 entry with reserved bits set: {int(entries[index]):x}"
+            reserved, beyond, unaligned = flags
+            if reserved:
+                text = f"ERROR found L1 entry with reserved bits set: {entry:x}"
                 self.ledger.findings.add("l1-entry-reserved-bits", text, host_offset=where)
-            if beyond[index]:
-                text = beyond_text(int(host[index]), self.size)
+            if beyond:
+                text = beyond_text(host, self.size)
                 self.ledger.findings.add("reference-beyond-end", text, host_offset=where)
-            if unaligned[index]:
-                text = f"ERROR l2_offset={host[index]:x}: Table is not cluster aligned; L1 entry corrupted"
+            if unaligned:
+                text = f"ERROR l2_offset={host:x}: Table is not cluster aligned; L1 entry corrupted"
                 self.ledger.findings.add("l2-table-unaligned", text, host_offset=where)
-            self._tell_table(table, index, int(host[index]))
-        rest = places[told:]
-        self.ledger.findings.add_rest("l1-entry-reserved-bits", int(reserved[rest].sum()))
-        self.ledger.findings.add_rest("reference-beyond-end", int(beyond[rest].sum()))
-        self.ledger.findings.add_rest("l2-table-unaligned", int(unaligned[rest].sum()))
+            self._tell_table(table, index, host)
+        rest = (wrong.totals - told).tolist()
+        for code, number in zip(
+            ("l1-entry-reserved-bits", "reference-beyond-end", "l2-table-unaligned"), rest, strict=True
+        ):
+            self.ledger.findings.add_rest(code, number)
+
+    def _wrong_entries(self, table: _L1Table) -> _WrongEntries:
+        """What is wrong in an L1 table; found once, as thousands of snapshots can name the same one."""
+        known = self.wrong_entries.get(table)
+        if known is not None:
+            return known
+        entries = self._read_l1(table)
+        reserved, beyond, unaligned, host = self._l1_problems(entries)
+        wrong = reserved | beyond | unaligned
+        damaged = bool(wrong.any())
+        if self.problems.by_table:
+            wrong |= (entries != 0) & np.isin(host, np.array(list(self.problems.by_table), dtype=np.int64))
+        first = np.flatnonzero(wrong)[: self.ledger.findings.room]
+        flags = np.stack((reserved[first], beyond[first], unaligned[first]), axis=1)
+        totals = np.array([reserved.sum(), beyond.sum(), unaligned.sum()], dtype=np.int64)
+        found = _WrongEntries(damaged, totals, (first, entries[first], host[first], flags))
+        self.wrong_entries[table] = found
+        return found
 
     def _tell_table(self, table: _L1Table, l1_index: int, host: int) -> None:
         shift = self.geometry.l2_bits + self.geometry.cluster_bits
