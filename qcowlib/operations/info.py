@@ -109,7 +109,7 @@ def image_info(image: BlockImage, filename: str | None = None) -> ImageInfo:
         backing_filename=backing,
         full_backing_filename=None if backing is None else full_backing_filename(backing, image.name),
         backing_format=None if backing is None else header.backing_format or None,
-        snapshots=tuple(state.snapshots),
+        snapshots=tuple(getattr(image, "snapshots", ())),
         qcow2=_qcow2_info(state),
     )
 

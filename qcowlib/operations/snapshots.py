@@ -16,14 +16,17 @@ Source: qcow2.txt, "Snapshots"; QEMU's rules for ids and names.
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
 
-from qcowlib.errors import CorruptMetadata, FormatError, SnapshotError
+from qcowlib.errors import CorruptMetadata, FormatError, ImageStateError, SnapshotError
 from qcowlib.format.constants import MAX_SNAPSHOT_STRING, MAX_SNAPSHOT_TABLE_SIZE, MAX_SNAPSHOTS
 from qcowlib.format.entries import ENTRY_DTYPE, L1_OFFSET_MASK, OFLAG_COPIED, Entries, offsets
 from qcowlib.format.snapshot_table import SnapshotEntry, build_snapshot_table
+from qcowlib.image.interface import BlockImage
 from qcowlib.image.qcow2 import find_snapshot
 from qcowlib.image.writable import WritableQcow2Image
 from qcowlib.metadata.reference_counts import ReferenceCounts
@@ -45,7 +48,7 @@ _UNCOPIED = np.uint64(~OFLAG_COPIED & (1 << 64) - 1)
 
 
 def create_snapshot(
-    image: WritableQcow2Image,
+    image: BlockImage,
     name: str,
     *,
     date_ns: int | None = None,
@@ -70,12 +73,13 @@ def create_snapshot(
     Returns: the new entry of the snapshot table.
 
     Raises:
+        ImageStateError: the image was opened for reading.
         SnapshotError: external data file, too many snapshots, or the refcount width cannot hold another reference.
         CorruptMetadata: the mapping is damaged. In both cases nothing was changed.
     """
-    with image.exclusive() as transaction:
-        state = image.state
-        _require_possible(image)
+    with _session(image) as (target, transaction):
+        state = target.state
+        _require_possible(target)
         moment = time.time_ns() if date_ns is None else date_ns
         entry = SnapshotEntry(
             l1_table_offset=0,
@@ -97,7 +101,7 @@ def create_snapshot(
         with transaction.direct_writes():
             l1 = disk & _UNCOPIED
             if vmstate is not None:
-                extra, length = store_vmstate(transaction, vmstate, state.header.size, image.store)
+                extra, length = store_vmstate(transaction, vmstate, state.header.size, target.store)
                 l1, entry = np.concatenate((l1, extra)), replace(entry, vm_state_size=length)
             entry = replace(entry, l1_table_offset=_write_l1_copy(transaction, l1), l1_size=len(l1))
             _write_table(transaction, [*state.snapshots, entry])
@@ -109,7 +113,7 @@ def create_snapshot(
         return entry
 
 
-def apply_snapshot(image: WritableQcow2Image, snapshot: str | SnapshotEntry) -> None:
+def apply_snapshot(image: BlockImage, snapshot: str | SnapshotEntry) -> None:
     """Make the active layer what a snapshot holds, its disk size included. What was there is given up.
 
     Args:
@@ -120,10 +124,10 @@ def apply_snapshot(image: WritableQcow2Image, snapshot: str | SnapshotEntry) -> 
         SnapshotError: the image has bitmaps, which would no longer describe what changed (QEMU refuses as well).
         CorruptMetadata: one of the two mappings is damaged. In all cases nothing was changed.
     """
-    with image.exclusive() as transaction:
-        state, geometry = image.state, image.state.geometry
-        entry = _find(image, snapshot)
-        if image.bitmaps:
+    with _session(image) as (target, transaction):
+        state, geometry = target.state, target.state.geometry
+        entry = _find(target, snapshot)
+        if target.bitmaps:
             raise SnapshotError("Device has active dirty bitmaps")
         size = state.header.size if entry.disk_size is None else entry.disk_size
         entries = geometry.l1_entries_for(size)
@@ -131,10 +135,10 @@ def apply_snapshot(image: WritableQcow2Image, snapshot: str | SnapshotEntry) -> 
         if len(saved) < entries:
             rule = f"its {len(saved)} entries are too few for a disk of {size} bytes"
             raise CorruptMetadata("snapshot L1 table", entry.l1_table_offset, rule)
-        target = saved & _UNCOPIED
+        wanted = saved & _UNCOPIED
         # An L1 entry that both have keeps its number of references: the tree under it is left alone.
-        same = _common(state.l1, target)
-        gained, lost = _without(target, same), _without(state.l1, same)
+        same = _common(state.l1, wanted)
+        gained, lost = _without(wanted, same), _without(state.l1, same)
         gained_counts, lost_counts = count_tree(state, gained), count_tree(state, lost)
         require_room(transaction.refcounts, gained_counts, 0)
         require_room(transaction.refcounts, lost_counts, 0)
@@ -143,7 +147,7 @@ def apply_snapshot(image: WritableQcow2Image, snapshot: str | SnapshotEntry) -> 
         with transaction.direct_writes():
             add_references(transaction.refcounts, more)
             clear_copied(state, transaction.storage, gained.copy())
-            transaction.replace_l1(target.astype(ENTRY_DTYPE))
+            transaction.replace_l1(wanted.astype(ENTRY_DTYPE))
             transaction.change_header(size=size)
         transaction.commit()
         with transaction.direct_writes():
@@ -151,7 +155,7 @@ def apply_snapshot(image: WritableQcow2Image, snapshot: str | SnapshotEntry) -> 
             state.refresh_regions()
 
 
-def delete_snapshot(image: WritableQcow2Image, snapshot: str | SnapshotEntry) -> None:
+def delete_snapshot(image: BlockImage, snapshot: str | SnapshotEntry) -> None:
     """Delete a snapshot; what nothing else refers to is freed.
 
     Args:
@@ -161,9 +165,9 @@ def delete_snapshot(image: WritableQcow2Image, snapshot: str | SnapshotEntry) ->
         NoSuchSnapshot: there is none.
         CorruptMetadata: its mapping is damaged, so that it cannot be told what to free. Nothing was changed.
     """
-    with image.exclusive() as transaction:
-        state = image.state
-        entry = _find(image, snapshot)
+    with _session(image) as (target, transaction):
+        state = target.state
+        entry = _find(target, snapshot)
         rest = [other for other in state.snapshots if other is not entry]
         l1 = state.snapshot_mapping(entry).l1
         counts = count_tree(state, l1)
@@ -181,7 +185,7 @@ def delete_snapshot(image: WritableQcow2Image, snapshot: str | SnapshotEntry) ->
             _write_active_l1(transaction)
 
 
-def attach_vmstate(image: WritableQcow2Image, snapshot: str | SnapshotEntry, vmstate: ByteStream) -> SnapshotEntry:
+def attach_vmstate(image: BlockImage, snapshot: str | SnapshotEntry, vmstate: ByteStream) -> SnapshotEntry:
     """Give a snapshot that has no vm state one.
 
     Args:
@@ -194,9 +198,9 @@ def attach_vmstate(image: WritableQcow2Image, snapshot: str | SnapshotEntry, vms
         NoSuchSnapshot: there is none.
         SnapshotError: it has a vm state already, or the vm state is too large. Nothing was changed.
     """
-    with image.exclusive() as transaction:
-        state, bits = image.state, image.state.geometry.cluster_bits
-        entry = _find(image, snapshot)
+    with _session(image) as (target, transaction):
+        state, bits = target.state, target.state.geometry.cluster_bits
+        entry = _find(target, snapshot)
         if entry.vm_state_size:
             raise SnapshotError(f"the snapshot '{entry.name}' has a vm state already")
         old = state.snapshot_mapping(entry).l1
@@ -209,7 +213,7 @@ def attach_vmstate(image: WritableQcow2Image, snapshot: str | SnapshotEntry, vms
         counts = count_tree(state, leftover)
         require_room(transaction.refcounts, counts, 0)
         with transaction.direct_writes():
-            extra, length = store_vmstate(transaction, vmstate, size, image.store)
+            extra, length = store_vmstate(transaction, vmstate, size, target.store)
             l1 = np.concatenate((disk, extra))
             offset = _write_l1_copy(transaction, l1)
             new = replace(
@@ -234,8 +238,19 @@ def attach_vmstate(image: WritableQcow2Image, snapshot: str | SnapshotEntry, vms
         return new
 
 
-def _require_possible(image: WritableQcow2Image) -> None:
-    if image.header.has_data_file:
+@contextmanager
+def _session(image: BlockImage) -> Iterator[tuple[WritableQcow2Image, MetadataTransaction]]:
+    """The image, if its snapshots can be changed, and its transaction; nobody else uses it meanwhile."""
+    if image.format != "qcow2":
+        raise SnapshotError(f"'{image.name}' is a {image.format} image: it cannot have internal snapshots")
+    if not isinstance(image, WritableQcow2Image):
+        raise ImageStateError(f"'{image.name}' is not open for writing")
+    with image.exclusive() as transaction:
+        yield image, transaction
+
+
+def _require_possible(target: WritableQcow2Image) -> None:
+    if target.header.has_data_file:
         raise SnapshotError("images with an external data file cannot have internal snapshots")
 
 
@@ -253,10 +268,10 @@ def _require_fits(snapshots: list[SnapshotEntry]) -> None:
         raise SnapshotError("the snapshot table would become too large")
 
 
-def _find(image: WritableQcow2Image, snapshot: str | SnapshotEntry) -> SnapshotEntry:
+def _find(target: WritableQcow2Image, snapshot: str | SnapshotEntry) -> SnapshotEntry:
     if isinstance(snapshot, str):
-        return find_snapshot(image.snapshots, snapshot)
-    return next(entry for entry in image.snapshots if entry is snapshot or entry == snapshot)
+        return find_snapshot(target.state.snapshots, snapshot)
+    return next(entry for entry in target.state.snapshots if entry is snapshot or entry == snapshot)
 
 
 def _next_id(snapshots: list[SnapshotEntry]) -> str:

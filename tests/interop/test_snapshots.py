@@ -266,3 +266,19 @@ def test_space_is_given_back(tmp_path: Path) -> None:
     assert full >= 16 * MIB
     assert os.stat(path).st_blocks * 512 < full - 7 * MIB
     assert_clean(path)
+
+
+def test_raw_and_read_only_images_are_refused(tmp_path: Path) -> None:
+    path = create(tmp_path / "disk.qcow2")
+    raw = tmp_path / "disk.raw"
+    raw.write_bytes(bytes(SIZE))
+    with qcowlib.open_image(path) as image:
+        with pytest.raises(qcowlib.ImageStateError, match="not open for writing"):
+            qcowlib.create_snapshot(image, "a")
+        with pytest.raises(qcowlib.ImageStateError, match="not open for writing"):
+            qcowlib.delete_snapshot(image, "a")
+    with (
+        qcowlib.open_image(raw, format="raw", writable=True) as image,
+        pytest.raises(qcowlib.SnapshotError, match="raw image"),
+    ):
+        qcowlib.apply_snapshot(image, "a")
