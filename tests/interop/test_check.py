@@ -180,12 +180,12 @@ def mutate(path: Path, choose: random.Random) -> list[str]:
         kind = choose.choice(("l1", "l2", "l2", "l2", "l2", "table", "block", "block", "snapshot", "length"))
         if kind == "block":
             offset = block + choose.randrange(min(cluster, max(1, size // cluster * 2)))
-            data[offset] = choose.choice((0, 1, 2, 3, 255, choose.randrange(256)))
+            data[offset : offset + 1] = bytes([choose.choice((0, 1, 2, 3, 255, choose.randrange(256)))])
         elif kind == "snapshot":
             if not snapshots:
                 continue
             offset = snapshot_table + choose.randrange(120)
-            data[offset] = choose.choice((0, 1, 255, choose.randrange(256)))
+            data[offset : offset + 1] = bytes([choose.choice((0, 1, 255, choose.randrange(256)))])
         elif kind == "length":
             offset = choose.randrange(cluster, size + 5 * cluster)
             if choose.random() < 0.6:
