@@ -158,11 +158,14 @@ def _about_target(target: _Target, error: QcowError, *, create: bool) -> QcowErr
     """The error with qemu-img's words before it, when it is about the target."""
     if isinstance(error, StorageError) and (error.name != target.path or error.action in {"read", "write"}):
         return error
+    if create and target.backing_file is not None and isinstance(error, ChainError):
+        reason = str(error).removesuffix("\nCould not open backing image.")
+        return CommandFailed(f"Could not open '{target.text}': Could not open backing file: {reason}")
     if not create and isinstance(error, OptionError | ImageStateError) and not isinstance(error, ImageLocked):
         return error
     if not create:
-        return CommandFailed(f"Could not open '{target.text}': {error}", repeat=False)
-    return CommandFailed(f"{target.text}: error while converting {target.format}: {error}", repeat=False)
+        return CommandFailed(f"Could not open '{target.text}': {error}")
+    return CommandFailed(f"{target.text}: error while converting {target.format}: {error}")
 
 
 @contextmanager
@@ -183,7 +186,9 @@ def _selection(text: str) -> dict[str, str]:
     selection = {}
     for element in parse_key_values(text):
         if element.name not in names:
-            raise CommandFailed(f"Invalid parameter '{element.name}'\nFailed in parsing snapshot param '{text}'")
+            raise CommandFailed(
+                f"Invalid parameter '{element.name}'\nFailed in parsing snapshot param '{text}'", repeat=True
+            )
         selection[names[element.name]] = element.value
     return selection
 
@@ -213,7 +218,7 @@ def _target(arguments: Arguments, filename: str, option_text: str | None) -> _Ta
         values = parse_creation_options(image_format, option_text)
         options = library_options(values, secrets)
     except OptionError as error:
-        raise CommandFailed(str(error), repeat=False) from error
+        raise CommandFailed(str(error)) from error
     backing = arguments.last("backing") or values.get("backing_file")
     backing_format = arguments.last("backing-format") or values.get("backing_fmt")
     if image_format == "raw" and backing is not None:

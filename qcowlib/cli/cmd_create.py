@@ -131,7 +131,6 @@ def _check_backing(filename: str, values: dict[str, str], *, look: bool) -> None
         if backing_format is None:
             raise CommandFailed(
                 f"{filename}: Backing file specified without backing format\nDetected format of {found_format}.",
-                repeat=False,
                 end="",  # qemu-img ends this message so
             )
         values.setdefault("size", str(found_size))

@@ -58,7 +58,7 @@ def run(arguments: Arguments) -> int:
         except CommandFailed:
             raise
         except QcowError as error:
-            raise CommandFailed(f"{output}: error while creating output image: {error}", repeat=False) from error
+            raise CommandFailed(f"{output}: error while creating output image: {error}") from error
     if part.beyond_end:
         report(f"{operands['if']}: cannot skip to specified offset")
     return 0

@@ -35,7 +35,7 @@ class CommandFailed(OptionError):
         end: what follows the message.
     """
 
-    def __init__(self, message: str, code: int = DEFAULT_EXIT_CODE, *, repeat: bool = True, end: str = "\n") -> None:
+    def __init__(self, message: str, code: int = DEFAULT_EXIT_CODE, *, repeat: bool = False, end: str = "\n") -> None:
         self.code = code
         self.repeat = repeat
         self.end = end
@@ -93,7 +93,7 @@ def size_argument(text: str, name: str, *, minimum: int = 0, maximum: int = INT6
     try:
         return parse_size(text, name, minimum=minimum, maximum=maximum)
     except OptionError as error:
-        raise CommandFailed(str(error)) from None
+        raise CommandFailed(str(error), repeat=True) from None
 
 
 def cache_mode(text: str | None, default: str, message: str) -> str:

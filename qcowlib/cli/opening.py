@@ -174,7 +174,7 @@ def not_opened(name: ImageName, error: QcowError) -> CommandFailed:
     """The message for an image that cannot be opened."""
     if isinstance(error, StorageError) and "driver requires" in str(error.cause.strerror):
         error = OptionError(str(error.cause.strerror))  # what is no file at all: qemu-img says so without a prefix
-    return CommandFailed(f"Could not open '{name.text}': {error}", repeat=False)
+    return CommandFailed(f"Could not open '{name.text}': {error}")
 
 
 def _parsed(text: str, name: str, image_format: str | None, secrets: dict[str, bytes]) -> ImageName:

@@ -95,6 +95,7 @@ REFUSED = [
     "--target-image-opts source out",
     "-t foo source out",
     "-T foo source out",
+    "-O qcow2 -B nofile -F qcow2 source out",
     "-O qcow2 source nodir/x",
     "-O raw source /tmp",
     "luks out",

@@ -311,6 +311,48 @@ def test_snapshots_of_qemu_img_are_shown_and_marked(domsnap: Any, domain: Path) 
     assert "origin:       found in the files\n" in domsnap("info", "theirs", "-f", domain).out
 
 
+def first_bytes(path: Path) -> bytes:
+    with qcowlib.open_image(path, policy=qcowlib.LocalFiles()) as image:
+        return image.read(0, 5)
+
+
+def test_revert_and_delete_of_a_domain_that_is_off(domsnap: Any, domain: Path) -> None:
+    disk = domain.parent / "a.qcow2"
+
+    def write(data: bytes) -> None:
+        with qcowlib.open_image(disk, writable=True) as image:
+            image.write(0, data)
+
+    where = ["-f", domain]
+    write(b"first")
+    assert domsnap("create", "s1", "--disk-only", "--internal", "--disk", "vdb:no", *where).code == 0
+    write(b"later")
+    dry = domsnap("revert", "s1", "--dry-run", *where)
+    assert dry.out.startswith("  1. "), dry.err
+    assert first_bytes(disk) == b"later"
+    result = domsnap("revert", "s1", *where)
+    assert (result.code, result.out) == (0, "reverted to snapshot 's1'\n"), result.err
+    assert first_bytes(disk) == b"first"
+    # The state that was given up is in a snapshot of its own.
+    names = [snapshot.name for snapshot in Catalog(f"{domain}.snapshots").load()]
+    assert len(names) == 2
+    (safety,) = set(names) - {"s1"}
+    assert domsnap("revert", safety, "--discard-current", *where).code == 0
+    assert first_bytes(disk) == b"later"
+    result = domsnap("revert", "nothing", *where)
+    assert (result.code, result.err) == (1, "domsnap: there is no snapshot 'nothing'\n")
+    result = domsnap("delete", "s1", *where)
+    assert (result.code, result.out) == (0, "deleted snapshot 's1'\n"), result.err
+    assert first_bytes(disk) == b"later"
+    result = domsnap("delete", safety, "--metadata-only", *where)
+    assert result.code == 0
+    assert Catalog(f"{domain}.snapshots").load() == []
+    listing = domsnap("list", *where).out
+    assert safety in listing  # its entry in the file is still there
+    assert "+" in listing
+    assert_clean(disk)
+
+
 # --- Memory
 
 
