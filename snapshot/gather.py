@@ -32,6 +32,7 @@ def delete_request(
         layers=layers,
         files={path: _file_facts(path, known) for path in files},
         described={} if description is None else {disk.target: disk.path for disk in description.disks},
+        made=journal.made(),
         token=secrets.token_hex(4),
     )
 

@@ -24,6 +24,7 @@ _PLAN = "operation.json"
 _LOG = "operation.log"
 _LOCK = "lock"
 _LAYERS = "layers.json"
+_MADE = "made.json"
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,21 @@ class Journal:
     def set_layers(self, layers: dict[str, str]) -> None:
         """Replace them; durable when it returns."""
         write_atomically(self._path(_LAYERS), json.dumps(layers, indent=1, sort_keys=True).encode())
+
+    def made(self) -> set[str]:
+        """Paths of the overlays that were made here: what may be removed when nothing needs it any more."""
+        try:
+            with open(self._path(_MADE), "rb") as file:
+                return set(json.loads(file.read()))
+        except FileNotFoundError:
+            return set()
+        except ValueError as error:
+            raise DomainSnapshotError(f"'{self._path(_MADE)}' cannot be read: {error}") from error
+
+    def set_made(self, paths: set[str]) -> None:
+        """Replace them; durable when it returns."""
+        if paths != self.made():
+            write_atomically(self._path(_MADE), json.dumps(sorted(paths), indent=1).encode())
 
     def _note(self, text: str) -> None:
         assert self._log is not None

@@ -45,34 +45,32 @@ def remove_internal(session: Session, arguments: Arguments) -> None:
 def merge_down(session: Session, arguments: Arguments) -> None:
     """Write an overlay's data to its base; what was based on the overlay is then based on the base."""
     frozen, overlay = arguments["frozen"], arguments["overlay"]
-    if session.alive():
-        _finish(session, arguments["job"])
-        graph = BlockGraph.query(session.qmp)
-        top, base = graph.find(overlay), graph.find(frozen)
-        if top is not None and base is not None and graph.child(top, "backing") == base:
-            device = graph.root_above(top)
-            if device is None:
-                raise DomainSnapshotError(f"QEMU has '{overlay}' open, but under none of its disks")
-            command = {"device": device, "base-node": base, "auto-dismiss": False}
-            if device != top:
-                command["top-node"] = top
-            run_job(session, arguments["job"], "block-commit", command)
-            _drop(session, top)
-            return
-        if top is not None:
-            _drop(session, top)
-            return
-        if base is not None and os.path.exists(overlay) and _on(overlay, frozen):
-            raise DomainSnapshotError(
-                f"QEMU uses '{frozen}', so that '{overlay}' cannot be merged into it from outside"
-            )
-    if not os.path.exists(overlay):
-        return
-    offline.merge_back(overlay, frozen)
+    if not (session.alive() and _merged_by_qemu(session, arguments)) and os.path.exists(overlay):
+        offline.merge_back(overlay, frozen)
+    # QEMU has changed the names in the files that it has open.
     for child in arguments["children"]:
         if os.path.exists(child) and _on(child, overlay):
             with unlocked(lambda path=child: offline.open_writable_layer(path)) as image:  # type: ignore[misc]
                 qcowlib.rebase(image, frozen, arguments["format"], unsafe=True)
+
+
+def _merged_by_qemu(session: Session, arguments: Arguments) -> bool:
+    """Let QEMU merge, where it has the overlay open; whether it has or had."""
+    _finish(session, arguments["job"])
+    graph = BlockGraph.query(session.qmp)
+    top, base = graph.find(arguments["overlay"]), graph.find(arguments["frozen"])
+    if top is None:
+        return base is not None
+    if base is not None and graph.child(top, "backing") == base:
+        device = graph.root_above(top)
+        if device is None:
+            raise DomainSnapshotError(f"QEMU has '{arguments['overlay']}' open, but under none of its disks")
+        command = {"device": device, "base-node": base, "auto-dismiss": False}
+        if device != top:
+            command["top-node"] = top
+        run_job(session, arguments["job"], "block-commit", command)
+    _drop(session, top)
+    return True
 
 
 def merge_up(session: Session, arguments: Arguments) -> None:
@@ -138,6 +136,7 @@ def remove_file(session: Session, arguments: Arguments) -> None:
     """
     path = arguments["path"]
     if not os.path.lexists(path):
+        session.journal.set_made(session.journal.made() - {path})
         return
     if arguments["image"]:
         based = offline.dependents(path, ())
@@ -149,6 +148,7 @@ def remove_file(session: Session, arguments: Arguments) -> None:
             pass
     os.unlink(path)
     sync_directory(os.path.dirname(path))
+    session.journal.set_made(session.journal.made() - {path})
 
 
 def _on(overlay: str, base: str) -> bool:

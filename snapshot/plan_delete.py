@@ -11,7 +11,7 @@ an operation that is cut off is finished by `recover`. At every moment the guest
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from snapshot.domain import DomainFacts, same_file
@@ -45,7 +45,16 @@ class FileFacts:
 
 @dataclass(frozen=True)
 class DeleteRequest:
-    """Everything that a deletion depends on; `files`: facts of every file of the snapshot, by path."""
+    """Everything that a deletion depends on.
+
+    Attributes:
+        snapshot, others: the one to delete, and the rest of the catalog.
+        facts, options, layers: of the domain now; what is asked for; active layers as the journal has them.
+        files: facts of every file of the snapshot, by path.
+        described: path of each disk in the domain's description, by target.
+        made: overlays that were made by this package: other files are never removed.
+        token: for names.
+    """
 
     snapshot: DomainSnapshot
     others: Sequence[DomainSnapshot]
@@ -54,6 +63,7 @@ class DeleteRequest:
     layers: Mapping[str, str]
     files: Mapping[str, FileFacts]
     described: Mapping[str, str]
+    made: Collection[str]
     token: str
 
 
@@ -112,6 +122,13 @@ def _merge(request: DeleteRequest, disk: DiskSnapshot, overlay: str) -> Merge:
     for snapshot in request.others:
         if any(one.mode is DiskMode.EXTERNAL and one.file == disk.file for one in snapshot.disks):
             against["base"].append(f"the snapshot '{snapshot.name}' needs '{disk.file}' as it is")
+    chains = [(one.disk.path, *one.disk.backing_chain) for one in request.facts.disks]
+    if any(same_file(disk.file, path) for chain in chains for path in chain) and not any(
+        same_file(overlay, path) for chain in chains for path in chain
+    ):
+        against["base"].append(f"the domain uses '{disk.file}' without '{overlay}'")
+    if any(same_file(overlay, chain[0]) for chain in chains) and top.dependents:
+        against["base"].append(f"'{top.dependents[0]}' is based on '{overlay}', which the domain writes")
     if top.snapshots:
         against["base"].append(f"'{overlay}' holds the internal snapshot '{top.snapshots[0]}', which would be lost")
     if top.size > base.size:
@@ -182,10 +199,9 @@ def _merge_steps(request: DeleteRequest, merge: Merge, job: str) -> Iterator[Ste
         yield Step("remove-file", {"path": overlay, "image": True}, f"remove '{overlay}'")
         return
     yield Step("merge-up", arguments | {"below": base.backing}, f"merge '{frozen}' into '{overlay}' ({moved})")
-    mine = any(one.overlay == frozen for other in request.others for one in other.disks)
     needed = any(one.file == frozen for other in request.others for one in other.disks)
     others = [path for path in base.dependents if not same_file(path, overlay)]
-    if mine and not needed and not others:
+    if frozen in request.made and not needed and not others:
         yield Step("rename", {"old": frozen, "new": overlay, "format": "qcow2", "target": target, "described": None},
                    f"'{overlay}' takes its place")  # fmt: skip
         yield Step("remove-file", {"path": frozen, "image": True}, f"remove '{frozen}'")

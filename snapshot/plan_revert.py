@@ -368,7 +368,8 @@ def _overlay_step(disk: DiskSnapshot, path: str) -> Step:
 
 def _switch_step(request: RevertRequest) -> Step:
     layers = {**request.layers, **{disk.target: request.new_layer(disk) for disk in request.chosen}}
-    arguments = {"name": request.snapshot.name, "current": request.current, "layers": layers,
+    made = [request.new_layer(disk) for disk in request.chosen if disk.mode is DiskMode.EXTERNAL]
+    arguments = {"name": request.snapshot.name, "current": request.current, "layers": layers, "made": made,
                  "layers_before": dict(request.layers)}  # fmt: skip
     return Step("switch", arguments, f"'{request.snapshot.name}' is current", undo="the one before is", commits=True)
 

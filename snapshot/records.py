@@ -90,6 +90,7 @@ def record(session: Session, arguments: Arguments) -> None:
     session.draft = replace(snapshot, disks=disks, memory=memory, creation_time=session.instant)
     arguments_layers = {**session.journal.layers(), **arguments["layers"]}
     session.journal.set_layers(arguments_layers)
+    session.journal.set_made(session.journal.made() | set(arguments["layers"].values()))
     session.store.add(session.draft)
 
 
@@ -97,17 +98,19 @@ def unrecord(session: Session, arguments: Arguments) -> None:
     """Take the snapshot out again, put the layers and the current snapshot back."""
     if any(snapshot.name == arguments["name"] for snapshot in session.store.load()):
         session.store.remove(arguments["name"])
+    session.journal.set_made(session.journal.made() - set(arguments["layers"].values()))
     unswitch(session, arguments)
 
 
 def switch(session: Session, arguments: Arguments) -> None:
     """After a revert: say which snapshot is current, and which files the domain goes on with."""
     session.journal.set_layers(arguments["layers"])
+    session.journal.set_made(session.journal.made() | set(arguments["made"]))
     session.store.set_current(arguments["name"])
 
 
 def unswitch(session: Session, arguments: Arguments) -> None:
-    """Undo of `switch`."""
+    """Undo of `switch`; a name too many among the files that were made does no harm."""
     if session.store.current != arguments["current"]:
         session.store.set_current(arguments["current"])
     if session.journal.layers() != arguments["layers_before"]:

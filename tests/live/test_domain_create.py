@@ -43,7 +43,7 @@ def test_memory_and_disks_are_of_one_instant(
     guest = rig()
     domain = guest.start()
     catalog = Catalog(str(tmp_path / "catalog"))
-    for number in range(4):
+    for number in range(2):
         name = f"s-{number}"
         taken = executor.create(
             domain,
@@ -72,9 +72,9 @@ def test_memory_and_disks_are_of_one_instant(
     assert domain.qmp.execute("query-migrate-parameters")["max-bandwidth"] == 128 << 20
     assert not any(one["state"] for one in domain.qmp.execute("query-migrate-capabilities"))
     loaded = catalog.load()
-    assert [one.name for one in loaded] == [f"s-{number}" for number in range(4)]
-    assert [one.parent for one in loaded] == [None, "s-0", "s-1", "s-2"]
-    assert catalog.current == "s-3"
+    assert [one.name for one in loaded] == ["s-0", "s-1"]
+    assert [one.parent for one in loaded] == [None, "s-0"]
+    assert catalog.current == "s-1"
     files = [domain_disk.disk.path for domain_disk in domain.facts().disks]
     guest.quit(domain.qmp)
     assert not guest.complaints()
@@ -92,7 +92,7 @@ def test_disk_only_of_a_running_guest_never_stops_it(rig: MakeRig, tmp_path: Pat
     domain = guest.start()
     catalog = Catalog(str(tmp_path / "catalog"))
     domain.qmp.events()
-    for number in range(4):
+    for number in range(2):
         taken = executor.create(
             domain,
             catalog,
@@ -124,12 +124,18 @@ def test_raw_disks_as_external_bases(rig: MakeRig, tmp_path: Path) -> None:
     assert oracle.image_info(taken.disks[0].overlay)["backing-filename-format"] == "raw"
 
 
-@pytest.mark.parametrize("modes", [[EXTERNAL, EXTERNAL], [INTERNAL, INTERNAL], [INTERNAL, EXTERNAL], [NO, INTERNAL]])
-@pytest.mark.parametrize("formats", [("qcow2", "qcow2"), ("raw", "qcow2")])
+@pytest.mark.parametrize(
+    ("formats", "modes"),
+    [
+        (("qcow2", "qcow2"), [EXTERNAL, EXTERNAL]),
+        (("qcow2", "qcow2"), [INTERNAL, INTERNAL]),
+        (("qcow2", "qcow2"), [INTERNAL, EXTERNAL]),
+        (("qcow2", "qcow2"), [NO, INTERNAL]),
+        (("raw", "qcow2"), [EXTERNAL, INTERNAL]),
+    ],
+)
 def test_inactive_domain(rig: MakeRig, tmp_path: Path, modes: list[DiskMode], formats: tuple[str, ...]) -> None:
     guest: Rig = rig(*formats)
-    if formats[0] == "raw" and modes[0] is INTERNAL:
-        modes = [EXTERNAL, modes[1]]
     guest.quit(guest.start().qmp)
     before = [disk_counter(disk.path, disk.format) for disk in guest.disks]
     catalog = Catalog(str(tmp_path / "catalog"))

@@ -49,9 +49,15 @@ def images(guest: Rig) -> set[str]:
     return {name for name in os.listdir(guest.directory) if name.endswith((".qcow2", ".raw", ".mem"))}
 
 
-@pytest.mark.parametrize("into", ["base", "overlay"])
-@pytest.mark.parametrize("order", [("two", "three", "one"), ("three", "one", "two")])
-@pytest.mark.parametrize("first", ["qcow2", "raw"])
+@pytest.mark.parametrize(
+    ("into", "order", "first"),
+    [
+        ("base", ("two", "three", "one"), "raw"),
+        ("base", ("three", "one", "two"), "qcow2"),
+        ("overlay", ("two", "three", "one"), "qcow2"),
+        ("overlay", ("three", "one", "two"), "raw"),
+    ],
+)
 def test_external_in_the_live_process(
     rig: MakeRig, tmp_path: Path, into: str, order: tuple[str, ...], first: str
 ) -> None:
@@ -161,6 +167,7 @@ def test_other_users_of_a_base_are_refused(rig: MakeRig, tmp_path: Path) -> None
         executor.delete(guest.inactive(), catalog, "one", DeleteOptions())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("active", [True, False])
 @pytest.mark.parametrize("into", ["base", "overlay"])
 def test_a_deletion_cut_off_at_each_step_is_finished(rig: MakeRig, tmp_path: Path, active: bool, into: str) -> None:
@@ -211,7 +218,9 @@ def test_a_deletion_cut_off_at_each_step_is_finished(rig: MakeRig, tmp_path: Pat
         assert counters_of(catalog) == wanted
         assert not [name for name in os.listdir(catalog.directory) if name.startswith("operation")]
         paths = [one.disk.path for one in here.facts(journal.layers()).disks]
-        assert len([name for name in images(guest) if f"x{number}" in name]) == (0 if into == "base" else 2)
+        assert len([name for name in images(guest) if name.endswith(f".x{number}.qcow2")]) == (
+            0 if into == "base" else 2
+        )
         clean += 1
         number += 1
     assert injected == clean > 4

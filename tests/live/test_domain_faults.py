@@ -34,6 +34,13 @@ REQUESTS = {
 }
 
 
+def kinds(*usual: str) -> Any:
+    """All kinds of snapshots; those that are not named run with the slow tests."""
+    return pytest.mark.parametrize(
+        "kind", [k if k in usual else pytest.param(k, marks=pytest.mark.slow) for k in REQUESTS]
+    )
+
+
 class ByTheTest(QmpError):
     """A refusal that QEMU did not mean."""
 
@@ -123,7 +130,7 @@ def steps_of(domain: ActiveDomain, catalog: Catalog, kind: str) -> int:
     return len(plan)
 
 
-@pytest.mark.parametrize("kind", REQUESTS)
+@kinds("internal", "live", "background")
 def test_an_error_at_each_step(rig: MakeRig, tmp_path: Path, kind: str) -> None:
     guest, domain, catalog = prepared(rig, tmp_path)
     before = state(guest, domain, catalog)
@@ -139,7 +146,7 @@ def test_an_error_at_each_step(rig: MakeRig, tmp_path: Path, kind: str) -> None:
     executor.create(domain, catalog, REQUESTS[kind])
 
 
-@pytest.mark.parametrize("kind", REQUESTS)
+@kinds("paused")
 @pytest.mark.parametrize("late", [False, True])
 def test_each_command_refused_or_unanswered(
     rig: MakeRig, tmp_path: Path, kind: str, late: bool, monkeypatch: pytest.MonkeyPatch
@@ -170,7 +177,7 @@ def test_each_command_refused_or_unanswered(
     assert not guest.complaints()
 
 
-@pytest.mark.parametrize("kind", REQUESTS)
+@kinds("live")
 def test_a_signal_at_each_step(rig: MakeRig, tmp_path: Path, kind: str) -> None:
     guest, domain, catalog = prepared(rig, tmp_path)
     before = state(guest, domain, catalog)
@@ -191,7 +198,7 @@ def test_a_signal_at_each_step(rig: MakeRig, tmp_path: Path, kind: str) -> None:
     assert not guest.complaints()
 
 
-@pytest.mark.parametrize("kind", REQUESTS)
+@kinds("disk-only")
 def test_the_death_of_qemu_at_each_step(rig: MakeRig, tmp_path: Path, kind: str) -> None:
     guest, domain, catalog = prepared(rig, tmp_path)
     total = steps_of(domain, catalog, kind)
@@ -227,7 +234,7 @@ def test_the_death_of_qemu_at_each_step(rig: MakeRig, tmp_path: Path, kind: str)
     assert not [line for line in guest.lines()[-3:] if "!" in line]
 
 
-@pytest.mark.parametrize("kind", REQUESTS)
+@kinds("internal", "disk-only")
 def test_the_death_of_domsnap_at_each_step(rig: MakeRig, tmp_path: Path, kind: str) -> None:
     guest, domain, catalog = prepared(rig, tmp_path)
     before = state(guest, domain, catalog)
