@@ -251,7 +251,7 @@ class WritableQcow2Image(Qcow2Image):
                 self._data_storage.pwrite(bytes(missing), end)
             self._writer.link_compressed(guest, compressed_entry(host, len(packed), bits))
         except QcowError:
-            self.transaction.refcounts.give_back(host >> bits, (end - 1 >> bits) - (host >> bits) + 1)
+            self.transaction.give_back(host >> bits, (end - 1 >> bits) - (host >> bits) + 1)
             self._compressed_end = 0  # its cluster may be anybody's now
             raise
         self._compressed_end = end

@@ -316,7 +316,7 @@ class ClusterWriter:
             self._guest.store(host, guest, data)
         except StorageError:
             if not self._data_file:
-                self._transaction.refcounts.give_back(cluster >> self._geometry.cluster_bits, count)
+                self._transaction.give_back(cluster >> self._geometry.cluster_bits, count)
             raise
 
     def _release(self, entries: Entries) -> None:

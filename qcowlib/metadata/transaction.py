@@ -15,13 +15,13 @@ is closed. After a crash the next writable open (QEMU's as well) counts again an
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from qcowlib.errors import ImageStateError
+from qcowlib.errors import ImageStateError, StorageError
 from qcowlib.format.entries import ENTRY_DTYPE, L1_OFFSET_MASK, OFLAG_COPIED, Entries
 from qcowlib.format.features import KNOWN_AUTOCLEAR, Incompatible
 from qcowlib.format.header import Header
@@ -95,6 +95,14 @@ class MetadataTransaction:
             discard: give the host space of those back that nothing refers to any more.
         """
         self._released.append((first, count, discard))
+
+    def give_back(self, first: int, count: int) -> None:
+        """Undo an allocation whose data the host did not take; its space may be what the commit needs."""
+        self.refcounts.give_back(first, count)
+        bits = self.state.geometry.cluster_bits
+        for start, length in _zero_runs(self.refcounts.window(first, count) == 0):
+            with suppress(StorageError):
+                self.storage.discard(first + start << bits, length << bits)
 
     def writable_table(self, l1_index: int) -> L2Table:
         """The L2 table for an L1 entry, ready to be changed: a new one, or a copy if a snapshot shares it."""
