@@ -116,12 +116,7 @@ class Guest:
         self.moments.append(Moment(content, saved, step))
 
     def judge(
-        self,
-        content: bytes,
-        saved: Mapping[str, bytes],
-        first: int,
-        last: int,
-        floor: npt.NDArray[np.int64] | None = None,
+        self, content: bytes, saved: Mapping[str, bytes], first: int, last: int, *, torn: bool = False
     ) -> str | None:
         """What is wrong with a disk after an accident; None if nothing is.
 
@@ -130,7 +125,7 @@ class Guest:
             saved: content of the snapshots as found, by name.
             first: the last moment known to be durable.
             last: the last moment that can have begun.
-            floor: the oldest moment that each sector may be from, where that differs from `first`.
+            torn: a write may have ended inside a sector, as short writes do; a power cut does not do that.
         """
         final = self.moments[last]
         if final.step.whole and last > first:
@@ -145,26 +140,20 @@ class Guest:
         for name, old in expected.items():
             if saved[name] != old:
                 return f"snapshot {name} has changed"
-        return self._judge_sectors(content, first, last, floor)
+        return self._judge_sectors(content, first, last, torn)
 
-    def _judge_sectors(self, content: bytes, first: int, last: int, floor: npt.NDArray[np.int64] | None) -> str | None:
+    def _judge_sectors(self, content: bytes, first: int, last: int, torn: bool) -> str | None:
         if len(content) != len(self.moments[first].content):
             return f"the disk has {len(content)} bytes"
         found = replace(self.now, content=content).sectors()
-        low = int(floor.min()) if floor is not None else first
-        versions: dict[bytes, int] = {}
-        for number in range(low, last + 1):
-            versions[self.moments[number].content] = number  # equal ones: the latest counts
-        arrays = [(number, self.moments[number].sectors()) for number in versions.values()]
-        right = np.zeros(len(found), dtype=np.bool_)
-        for number, array in arrays:
-            right |= (found == array).all(axis=1) & (True if floor is None else number >= floor)
+        distinct = {moment.content: moment for moment in self.moments[first : last + 1]}
+        versions = [moment.sectors() for moment in distinct.values()]
+        right = np.any([(found == version).all(axis=1) for version in versions], axis=0)
         for sector in np.flatnonzero(~right).tolist():
-            least = first if floor is None else int(floor[sector])
-            candidates = {array[sector].tobytes(): array[sector] for number, array in arrays if number >= least}
+            candidates = {version[sector].tobytes() for version in versions}
+            mixed = np.any([found[sector] == version[sector] for version in versions], axis=0)
             # Two writes to one sector, of which the first was lost: old and new bytes side by side.
-            mixed = np.any([found[sector] == candidate for candidate in candidates.values()], axis=0)
-            if len(candidates) < 3 or not mixed.all():
+            if not mixed.all() or not (torn or len(candidates) > 2):
                 return f"sector {sector} is neither old nor new (versions {first} to {last})"
         return None
 

@@ -97,7 +97,7 @@ def _look(image: WritableQcow2Image, step: Step, done: Attempt) -> None:
         assert content == model.now.content, f"a {step.kind} that was refused has changed the disk"
         return
     last = len(model.moments) - 1
-    wrong = model.judge(content, model.now.saved, last - 1, last)
+    wrong = model.judge(content, model.now.saved, last - 1, last, torn=True)
     assert wrong is None, f"after a failed {step.kind}: {wrong}"
     model.moments[-1] = replace(model.now, content=content)
 
