@@ -2,9 +2,10 @@
 
     python3 tools/demo.py
 
-It needs nothing but Python 3.11 (no QEMU): it makes its own virtual environment (`.venv-demo`), installs the package
-and then uses the `qcow` command and the library as a user would. What each state of the disk must hold is kept in a
-plain byte array beside it; the exit code is not 0 when any state reads otherwise.
+It needs nothing but Python 3.11: it makes its own virtual environment (`.venv-demo`), installs the package and then
+uses the `qcow` command and the library as a user would. What each state of the disk must hold is kept in a plain byte
+array beside it; the exit code is not 0 when any state reads otherwise. Where QEMU is installed, a snapshot of a running
+virtual machine follows (demo_domain.py).
 """
 
 import argparse
@@ -41,7 +42,7 @@ def set_up() -> Path:
             sys.exit("python3 -m venv failed; on Debian run as root: apt-get install python3-venv")
     print("installing qcowlib ...", flush=True)
     pip: list[str | Path] = [python, "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
-    if subprocess.run([*pip, ROOT], check=False).returncode != 0:
+    if subprocess.run([*pip, f"{ROOT}[domain]"], check=False).returncode != 0:
         sys.exit("pip could not install the package")
     return python
 
@@ -165,6 +166,20 @@ def check() -> None:
     print(f"ok: no findings; {report.allocated_clusters} of {report.total_clusters} clusters are allocated")
 
 
+def show_domain() -> None:
+    """A snapshot of a running machine, where QEMU is installed."""
+    import demo_domain
+
+    title("A running virtual machine: take a snapshot of memory and disk, go back to it")
+    if shutil.which(demo_domain.QEMU) is None:
+        print(f"left out: {demo_domain.QEMU} is not installed")
+        return
+    try:
+        demo_domain.demonstrate()
+    except demo_domain.WrongState as error:
+        raise WrongState(str(error)) from error
+
+
 def demonstrate() -> None:
     """The main job, in the current directory."""
     disk = bytearray(DISK_SIZE)
@@ -176,6 +191,7 @@ def demonstrate() -> None:
     put_overlay(disk)
     revert(before)
     check()
+    show_domain()
 
 
 def main() -> int:

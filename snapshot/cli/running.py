@@ -18,5 +18,5 @@ def finish(result: Any, describe: Callable[[Any], str]) -> int:  # noqa: ANN401 
             for line in rest:
                 print(f" {plain(line)}")
     else:
-        print(plain(describe(result)))
+        print("\n".join(plain(line) for line in describe(result).split("\n")))
     return DONE

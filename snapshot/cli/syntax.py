@@ -53,6 +53,8 @@ def build_parser() -> argparse.ArgumentParser:
     _create(_command(commands, "create", "take a snapshot", common, _CREATE))
     _list(_command(commands, "list", "list the snapshots", common))
     _info(_command(commands, "info", "show one snapshot, and whether everything it needs is there", common))
+    _revert(_command(commands, "revert", "go back to a snapshot", common))
+    _delete(_command(commands, "delete", "delete a snapshot", common))
     _command(commands, "recover", "undo or finish an operation that was cut off", common)
     _memory(commands, common)
     return parser
@@ -139,6 +141,25 @@ def _info(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", metavar="NAME")
     parser.add_argument("--check", action="store_true", help="verify chains, frozen files, memory and digests")
     _output(parser)
+
+
+def _revert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME")
+    state = parser.add_mutually_exclusive_group()
+    state.add_argument("--running", dest="running", action="store_const", const=True, help="run the guest afterwards")
+    state.add_argument("--paused", dest="running", action="store_const", const=False, help="leave it paused")
+    parser.add_argument("--disk", dest="disks", action="append", metavar="TARGET", help="only this disk; repeatable")
+    parser.add_argument("--discard-current", action="store_true", help="give the present state up")
+    parser.add_argument("--safety", metavar="NAME", help="name of the snapshot that keeps the present state")
+    _dry_run(parser)
+
+
+def _delete(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", metavar="NAME")
+    parser.add_argument("--children", action="store_true", help="all that come from it as well")
+    parser.add_argument("--metadata-only", action="store_true", help="only the record; the files stay as they are")
+    parser.add_argument("--into", choices=["base", "overlay"], help="where external data goes (default: the cheaper)")
+    _dry_run(parser)
 
 
 def _memory(commands: Any, common: argparse.ArgumentParser) -> None:  # noqa: ANN401 - see _command

@@ -126,3 +126,34 @@ def test_memory_moved_inside_and_outside(tmp_path: Path, capsys: pytest.CaptureF
         machine.quit()
     command(capsys, "memory", "export", "s1", "-f", vm, "-o", tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == (tmp_path / "memory").read_bytes()
+
+
+def test_back_to_a_snapshot_with_its_memory_in_a_new_qemu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """External with memory: domsnap starts the domain anew from its file; the guest goes on where it was."""
+    disks = guest.make_disks(tmp_path, 2)
+    serial = tmp_path / "serial"
+    with guest.running(disks) as machine:
+        vm = domain_file(tmp_path, disks, machine)
+        command_line = guest.command_line(["{disk:vd0}", "{disk:vd1}"], qmp="{qmp}", serial=str(serial))
+        vm.write_text(f"command = {json.dumps([*command_line, '{incoming}'])}\n" + vm.read_text())
+        command(capsys, "create", "s1", "-f", vm, "--external")
+        record = guest.memory_of_file(Catalog(f"{vm}.snapshots").get("s1").memory.file or "")
+        machine.wait_ticks(4)
+        assert "reverted to snapshot 's1'" in command(capsys, "revert", "s1", "-f", vm)
+        assert guest.wait_for(lambda: machine.process.poll() is not None, "the end of the old QEMU")
+        with guest.Monitor(machine.socket) as monitor:
+            ticks = guest.wait_for(lambda: tick_lines(serial, 3), "lines of the restored guest")
+            monitor.execute("quit")
+        assert ticks[0] in {record.n, record.n + 1}
+        assert "!" not in serial.read_text()
+        tree = command(capsys, "list", "--tree", "-f", vm)
+        assert tree.startswith("s1 (current)\n+- ")  # and the state that was left is below it
+    snapshot = Catalog(f"{vm}.snapshots").get("s1")
+    assert consistent(snapshot) is None
+    for disk in disks:
+        assert_clean(disk)
+
+
+def tick_lines(serial: Path, count: int) -> list[int] | None:
+    lines = [line for line in serial.read_text(errors="replace").split("\n")[:-1] if line[:1] == "T"]
+    return [int(line[1:], 16) for line in lines] if len(lines) >= count else None
