@@ -1,4 +1,4 @@
-"""The second part of demo.py: a running virtual machine, a snapshot of it, and back.
+"""The second part of demo.py, in the current directory: a running virtual machine, a snapshot of it, and back.
 
 The machine is a boot sector (fixtures/boot_sector.s) that counts in its memory and on its disk, and prints each count.
 """
@@ -99,3 +99,16 @@ def demonstrate() -> None:
     if "!" in Path("printed").read_text(errors="replace"):
         raise WrongState("the guest says that its disk is not as its memory remembers it")
     print(f"ok: after the revert the guest went on at {after}, its disk with it")
+
+
+def main() -> int:
+    try:
+        demonstrate()
+    except WrongState as error:
+        print(f"FAILED: {error}")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
