@@ -100,14 +100,14 @@ class WritableQcow2Image(Qcow2Image):
         """
         view = memoryview(data).cast("B")
         self._change(offset, len(view))
-        with self._lock:
+        with self._changing():
             self._writer.write(offset, view)
             self._commit_under_pressure()
 
     def write_zeroes(self, offset: int, length: int) -> None:
         """Make the range read as zeroes, by zero clusters where that is possible. Raises as `write`."""
         self._change(offset, length)
-        with self._lock:
+        with self._changing():
             self._writer.write_zeroes(offset, length)
             self._commit_under_pressure()
 
@@ -118,7 +118,7 @@ class WritableQcow2Image(Qcow2Image):
         that a cluster is zero. Raises as `write`.
         """
         self._change(offset, length)
-        with self._lock:
+        with self._changing():
             self._writer.discard(offset, length)
             self._commit_under_pressure()
 
@@ -142,7 +142,7 @@ class WritableQcow2Image(Qcow2Image):
             raise OptionError("compressed clusters are not possible with encryption or an external data file")
         self._change(offset, len(view))
         packed = compress(self.header.compression_type, bytes(view).ljust(self.cluster_size, b"\0"))
-        with self._lock:
+        with self._changing():
             if packed is None:
                 self._writer.write(offset, view)
             else:
@@ -225,6 +225,18 @@ class WritableQcow2Image(Qcow2Image):
             raise ImageStateError(
                 f"'{self.name}' has persistent bitmaps that record changes; writing guest data would leave them wrong"
             )
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """One writer at a time; what breaks one off in the middle, such as Ctrl-C, ends the session."""
+        with self._lock:
+            try:
+                yield
+            except QcowError:
+                raise
+            except BaseException:
+                self.transaction.failed = True
+                raise
 
     def _commit_under_pressure(self) -> None:
         if self.transaction.pressure:
