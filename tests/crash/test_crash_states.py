@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import pytest
 
-from qcowlib.metadata import reference_counts
 from qcowlib.storage.buffer import BytesStorage
 from qcowlib.storage.recorder import CrashState, RecordingStorage, crash_states
 from tests.crash.guest import VM_STATE, Guest, Step
@@ -57,11 +56,7 @@ def record(scenario: Scenario, initial: bytes, guest: Guest, name: str) -> Run:
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
-def test_crash_states(
-    scenario: Scenario, tmp_path: Path, record_property: Record, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if scenario.cluster_size == 512:  # so that even these images have several chunks of counters
-        monkeypatch.setattr(reference_counts, "MIN_CHUNK_BITS", 10)
+def test_crash_states(scenario: Scenario, tmp_path: Path, record_property: Record) -> None:
     initial, guest, backing = build(scenario, tmp_path)
     name = str(tmp_path / "image.qcow2")
     run = record(scenario, initial, guest, name)

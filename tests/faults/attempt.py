@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NoReturn
 
 from qcowlib.errors import QcowError, StorageError
 from qcowlib.image.writable import WritableQcow2Image
@@ -14,6 +15,14 @@ from tests.crash.images import open_writable, run_step
 from tests.crash.invariants import examine_broken, examine_healed, heal
 
 
+class InterruptedStorage(FaultyStorage):
+    """Somebody presses Ctrl-C where the plan has a failure."""
+
+    def _fail(self, action: str, code: int) -> NoReturn:
+        self.failures += 1
+        raise KeyboardInterrupt
+
+
 @dataclass
 class Attempt:
     """What happened.
@@ -22,14 +31,14 @@ class Attempt:
         data: the image afterwards.
         guest: the model, as far as the steps came.
         durable: the last moment that must not be lost.
-        errors: what was raised, in order; nothing but `QcowError` is let through.
+        errors: what was raised, in order; nothing is let through but `QcowError`, and the interrupts that were planned.
         storage: the host.
     """
 
     data: bytes
     guest: Guest
     durable: int
-    errors: list[QcowError]
+    errors: list[QcowError | KeyboardInterrupt]
     storage: FaultyStorage
 
 
@@ -41,16 +50,17 @@ def attempt(
     name: str,
     *,
     capacity: int | None = None,
+    host: type[FaultyStorage] = FaultyStorage,
 ) -> Attempt:
     """Open an image, do steps whatever fails, close it."""
     inner = BytesStorage(initial, name=name)
-    storage = FaultyStorage(inner, plan, capacity=capacity)
+    storage = host(inner, plan, capacity=capacity)
     model = Guest(guest.now.content, guest.cluster_size, keeps_parts=guest.keeps_parts)
     model.moments = [guest.now]
     done = Attempt(b"", model, 0, [], storage)
     try:
         image = open_writable(storage)
-    except QcowError as error:
+    except (QcowError, KeyboardInterrupt) as error:
         done.errors.append(error)
     else:
         for step in steps:
@@ -61,7 +71,7 @@ def attempt(
             if usable:  # else the step that failed has said that something is lost
                 model.follow(Step("flush"))
                 done.durable = len(model.moments) - 1
-        except QcowError as error:
+        except (QcowError, KeyboardInterrupt) as error:
             done.errors.append(error)
         image.close()  # a second call does nothing, not even raise
     done.data = inner.getvalue()
@@ -73,7 +83,7 @@ def _try_step(image: WritableQcow2Image, step: Step, done: Attempt) -> None:
     model, usable = done.guest, not image.transaction.failed
     try:
         run_step(image, step)
-    except QcowError as error:
+    except (QcowError, KeyboardInterrupt) as error:
         done.errors.append(error)
         if not usable or step.kind == "flush":
             return  # refused, as everything is after a commit that failed; or durable or not

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from qcowlib.errors import QcowError, StorageError
-from qcowlib.storage.recorder import Fault
+from qcowlib.storage.recorder import Fault, FaultyStorage
 from tests.crash.images import Scenario, build
 from tests.crash.programs import SCENARIOS
-from tests.faults.attempt import Attempt, attempt, examine
+from tests.faults.attempt import Attempt, InterruptedStorage, attempt, examine
 from tests.oracle import assert_clean
 
 Record = Callable[[str, object], None]
@@ -44,9 +44,9 @@ class Session:
         assert not done.errors
         return done.storage.counts[call]
 
-    def run(self, *plan: Fault, capacity: int | None = None) -> Attempt:
+    def run(self, *plan: Fault, capacity: int | None = None, host: type[FaultyStorage] = FaultyStorage) -> Attempt:
         """One attempt."""
-        return attempt(self.initial, self.guest, self.scenario.steps, plan, self.name, capacity=capacity)
+        return attempt(self.initial, self.guest, self.scenario.steps, plan, self.name, capacity=capacity, host=host)
 
     def prove(self, label: str, done: Attempt, code: int) -> None:
         """What must hold after an attempt that met a failure."""
@@ -54,7 +54,7 @@ class Session:
         try:
             assert done.storage.failures, "the program made fewer calls than planned"
             for error in done.errors:
-                assert isinstance(error, QcowError)
+                assert isinstance(error, QcowError) or label == "interrupts"
                 assert "\n" not in str(error)
             first = next((error for error in done.errors if isinstance(error, StorageError)), None)
             assert first is None or first.cause.errno == code
@@ -110,5 +110,18 @@ def test_host_is_full(scenario: Scenario, tmp_path: Path, record_property: Recor
             session.prove("disk full", session.run(capacity=capacity), errno.ENOSPC)
         except Exception as error:
             error.add_note(f"room for {capacity - start} of {end - start} bytes")
+            raise
+    record_property("counted", ("failing calls", dict(session.counts)))
+
+
+@pytest.mark.parametrize("scenario", CHOSEN[::2], ids=lambda scenario: scenario.name)
+def test_interrupts(scenario: Scenario, tmp_path: Path, record_property: Record) -> None:
+    """Ctrl-C at each write, discard and flush of the program."""
+    session = Session(scenario, tmp_path)
+    for number in range(1, session.calls("change") + 1):
+        try:
+            session.prove("interrupts", session.run(Fault("change", number), host=InterruptedStorage), 0)
+        except Exception as error:
+            error.add_note(f"call {number}")
             raise
     record_property("counted", ("failing calls", dict(session.counts)))
