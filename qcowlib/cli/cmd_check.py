@@ -66,6 +66,9 @@ def run(arguments: Arguments) -> int:
     # The findings go to stderr in both forms, as qemu-img has it; scripts read the JSON from stdout.
     for finding in found.findings:
         print(finding.text, file=sys.stderr)
+    if found.stopped is not None:
+        report(f"Check failed: {found.stopped}")
+        return FAILED
     if not arguments.has("quiet"):
         if as_json:
             print(dumps(_members(found, filename)))

@@ -106,13 +106,9 @@ def _first_operand(words: list[str]) -> int:
 
 
 def _print_version() -> int:
-    from importlib.metadata import PackageNotFoundError, version
+    from qcowlib import __version__
 
-    try:
-        number = version("qcowlib")
-    except PackageNotFoundError:
-        number = "(not installed)"
-    print(f"{program_name()} version {number}")
+    print(f"{program_name()} version {__version__}")
     return 0
 
 

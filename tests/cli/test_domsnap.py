@@ -253,9 +253,14 @@ def test_everything_that_is_against_it_is_listed(domsnap: Any, domain: Path) -> 
     for text in ("reads as a number", "raw", "vdz", "exists"):
         assert any(text in reason for reason in reasons), (text, reasons)
     assert (domain.parent / "there.qcow2").read_text() == "precious"
-    result = domsnap("create", ".x/\x07", "-f", domain, "--description", "bell \x07")
+    result = domsnap("create", "\ufffe", "-f", domain, "--disk-only", "--description", "bell \x07", "--disk", "x:no")
     assert result.code == 3
-    assert len(result.err.splitlines()) == 3
+    first, *reasons = result.err.splitlines()
+    for text in ("the name", "the description", "'x'"):
+        assert any(text in reason for reason in reasons), (text, reasons)
+    result = domsnap("create", "good", "-f", domain, "--disk-only", "--description", "bell \x07")
+    assert (result.code, result.out) == (3, "")
+    assert not os.path.exists(domain.parent / "b.good.qcow2")
 
 
 def test_the_snapshot_of_an_image_in_use_is_refused(domsnap: Any, domain: Path) -> None:
@@ -420,6 +425,17 @@ def test_memory_of_unknown_origin_needs_a_word(domsnap: Any, domain: Path, tmp_p
     assert (domain.parent / "a.qcow2").read_bytes() == before
     memory.write_bytes(WHOLE)
     assert domsnap("memory", "import", "m", "-f", domain, "-i", memory, "--same-instant").code == 0
+
+
+def test_memory_is_not_put_into_a_frozen_file(domsnap: Any, domain: Path, tmp_path: Path) -> None:
+    memory = tmp_path / "memory"
+    memory.write_bytes(WHOLE)
+    with_memory(domain, file=memory)
+    assert domsnap("create", "later", "-f", domain, "--disk-only", "--external", "--digest").code == 0
+    result = domsnap("memory", "import", "m", "-f", domain)
+    assert result.code == 3
+    assert "is frozen by the external snapshot 'later'" in result.err
+    assert domsnap("info", "later", "--check", "-f", domain).code == 0
 
 
 def test_memory_is_not_put_where_qemu_would_not_load_it(domsnap: Any, tmp_path: Path) -> None:
