@@ -87,7 +87,7 @@ def _create(
     facts = domain.facts(layers)
     if request.liveness is Liveness.BACKGROUND and isinstance(domain, ActiveDomain):
         request = _without_background(domain, request, progress)
-    resolved = resolve(request, facts)
+    resolved = resolve(request, facts, journal.made())
     against = reasons(resolved, gather.host_facts(resolved.paths()), [one.name for one in catalog.load()])
     if against:
         raise NotPossible(f"create snapshot '{request.name}'", against)

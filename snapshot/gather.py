@@ -8,7 +8,7 @@ import time
 
 import qcowlib
 from snapshot import offline, plan_delete, plan_revert
-from snapshot.domain import ActiveDomain, Domain, DomainFacts, backing_path
+from snapshot.domain import ActiveDomain, Domain, DomainFacts, backing_path, backing_paths
 from snapshot.errors import NoSuchDomainSnapshot
 from snapshot.journal import Journal
 from snapshot.model import DeleteOptions, DiskMode, DiskRequest, DomainSnapshot, RevertOptions, SnapshotRequest
@@ -88,7 +88,14 @@ def revert_request(
         directory=journal.directory,
         dependents={path: offline.dependents(path, known) for path in files},
         missing=[path for path in wanted if path is not None and not os.path.exists(path)],
+        stems={path: _stem(path, journal.made()) for path in files},
     )
+
+
+def _stem(path: str, made: set[str]) -> str:
+    """The nearest file below that was not made here, without its suffix."""
+    chain = [path, *backing_paths(path)] if path in made and os.path.exists(path) else [path]
+    return os.path.splitext(next((one for one in chain if one not in made), chain[-1]))[0]
 
 
 def _socket(domain: Domain) -> str | None:

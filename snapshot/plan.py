@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from snapshot.domain import DiskFacts, DomainFacts
-from snapshot.model import DiskMode, Liveness, MemoryMode, SnapshotRequest
+from snapshot.model import Disk, DiskMode, Liveness, MemoryMode, SnapshotRequest
 from snapshot.step import Step, qmp_command
 
 _OVERLAY_SPACE = 1 << 20  # a fresh overlay, and what an internal snapshot of the disk alone adds
 _MEMORY_MARGIN = 16 << 20  # devices, and pages that are sent twice
 _MAX_NAME = 200  # it becomes part of file names
+_MAX_FILE_NAME = 255
 #: States in which QEMU can take a snapshot.
 _USABLE_STATES = ("running", "paused", "prelaunch")
 _FORMATS = ("qcow2", "raw")
@@ -84,9 +85,15 @@ class Resolved:
         return {*self.new_files(), *(plan.facts.disk.path for plan in self.of(DiskMode.INTERNAL))}
 
 
-def resolve(request: SnapshotRequest, facts: DomainFacts) -> Resolved:
-    """Decide what a request leaves open."""
-    disks = tuple(_disk_plan(request, one) for one in facts.disks)
+def resolve(request: SnapshotRequest, facts: DomainFacts, made: Collection[str] = ()) -> Resolved:
+    """Decide what a request leaves open.
+
+    Args:
+        request: what is asked for.
+        facts: of the domain.
+        made: the overlays that were made before; new files are named after the file below them.
+    """
+    disks = tuple(_disk_plan(request, one, made) for one in facts.disks)
     modes = {plan.mode for plan in disks}
     memory, memory_file = MemoryMode.NO, None
     if not request.disk_only:
@@ -96,7 +103,7 @@ def resolve(request: SnapshotRequest, facts: DomainFacts) -> Resolved:
     if memory is MemoryMode.EXTERNAL:
         memory_file = request.memory_file
         if memory_file is None and disks:
-            memory_file = f"{os.path.splitext(facts.disks[0].disk.path)[0]}.{request.name}.mem"
+            memory_file = f"{_stem(facts.disks[0].disk, made)}.{request.name}.mem"
     running = facts.run_state == "running"
     return Resolved(
         request=request,
@@ -148,7 +155,13 @@ def name_reasons(name: str) -> Iterator[str]:
         yield f"the name '{name}' reads as a number, so that it could be taken for a snapshot's id"
 
 
-def _disk_plan(request: SnapshotRequest, facts: DiskFacts) -> DiskPlan:
+def _stem(disk: Disk, made: Collection[str]) -> str:
+    """What the files of a disk's snapshots are named after: its own file, whatever overlays it has got since."""
+    chain = (disk.path, *disk.backing_chain)
+    return os.path.splitext(next((path for path in chain if path not in made), chain[-1]))[0]
+
+
+def _disk_plan(request: SnapshotRequest, facts: DiskFacts, made: Collection[str]) -> DiskPlan:
     disk = facts.disk
     asked = request.disks.get(disk.target)
     if asked is not None:
@@ -160,7 +173,7 @@ def _disk_plan(request: SnapshotRequest, facts: DiskFacts) -> DiskPlan:
     else:
         mode, file = DiskMode.INTERNAL if disk.format == "qcow2" else DiskMode.EXTERNAL, None
     if mode is DiskMode.EXTERNAL and file is None:
-        file = f"{os.path.splitext(disk.path)[0]}.{request.name}.qcow2"
+        file = f"{_stem(disk, made)}.{request.name}.qcow2"
     return DiskPlan(facts, mode, file if mode is DiskMode.EXTERNAL else None)
 
 
@@ -266,6 +279,8 @@ def _against_files(resolved: Resolved, host: Mapping[str, PathFacts]) -> Iterato
         if os.path.normpath(path) in seen:
             yield f"'{path}' is to be made twice"
         seen.add(os.path.normpath(path))
+        if len(os.path.basename(path).encode("utf-8", "surrogateescape")) > _MAX_FILE_NAME:
+            yield f"the file name of '{path}' is longer than {_MAX_FILE_NAME} bytes"
         facts = host[path]
         if facts.exists:
             yield f"'{path}' exists already, and would be overwritten"

@@ -48,6 +48,7 @@ class RevertRequest:
         directory: of the catalog.
         dependents: for each of the snapshot's files, the files that are based on it.
         missing: files of the snapshot that are not there.
+        stems: for each of the snapshot's files, what new files above it are named after.
     """
 
     snapshot: DomainSnapshot
@@ -62,6 +63,7 @@ class RevertRequest:
     directory: str
     dependents: Mapping[str, Sequence[str]]
     missing: Sequence[str]
+    stems: Mapping[str, str]
 
     @property
     def chosen(self) -> list[DiskSnapshot]:
@@ -88,7 +90,7 @@ class RevertRequest:
         """The file that a disk goes on with."""
         if disk.mode is DiskMode.INTERNAL:
             return disk.file
-        return f"{os.path.splitext(disk.file)[0]}.{self.snapshot.name}-{self.token}.qcow2"
+        return f"{self.stems[disk.file]}.{self.snapshot.name}-{self.token}.qcow2"
 
 
 def reasons(request: RevertRequest) -> list[str]:

@@ -76,7 +76,7 @@ def test_an_error_at_each_step_of_a_revert(rig: MakeRig, tmp_path: Path, way: st
             domain = guest.connect()
             assert catalog.current == "s"
         if way == "swap":  # the guest boots anew
-            guest.wait_for_ticks(1)
+            guest.wait_for_ticks(3)
         injected += 1
         assert_fits(guest, domain)
         clean += 1
@@ -117,7 +117,7 @@ def test_the_death_of_domsnap_at_each_step_of_a_revert(rig: MakeRig, tmp_path: P
         assert what.startswith(("undid", "finished"))
         assert not [name for name in os.listdir(catalog.directory) if name.startswith("operation")]
         if way == "swap":
-            guest.wait_for_ticks(1)
+            guest.wait_for_ticks(3)
         assert_fits(guest, domain)
         domain.close()
         clean += 1
