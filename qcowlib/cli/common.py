@@ -20,9 +20,7 @@ PROGRESS = Option("progress", "p", "", None, "show progress")
 
 CACHE_MODES = ("none", "off", "directsync", "writeback", "unsafe", "writethrough")
 
-# Kinds of errors whose exit code is not 1; the first match counts.
-EXIT_CODES: tuple[tuple[type[QcowError], int], ...] = ()
-DEFAULT_EXIT_CODE = 1
+ERROR_EXIT_CODE = 1  # of every error that a command does not tell otherwise
 
 
 class CommandFailed(OptionError):
@@ -35,7 +33,7 @@ class CommandFailed(OptionError):
         end: what follows the message.
     """
 
-    def __init__(self, message: str, code: int = DEFAULT_EXIT_CODE, *, repeat: bool = False, end: str = "\n") -> None:
+    def __init__(self, message: str, code: int = ERROR_EXIT_CODE, *, repeat: bool = False, end: str = "\n") -> None:
         self.code = code
         self.repeat = repeat
         self.end = end
@@ -66,7 +64,7 @@ def report_error(error: QcowError) -> int:
         report(str(error), repeat=error.repeat, end=error.end)
         return error.code
     report(str(error))
-    return next((code for kind, code in EXIT_CODES if isinstance(error, kind)), DEFAULT_EXIT_CODE)
+    return ERROR_EXIT_CODE
 
 
 def wants_json(arguments: Arguments) -> bool:
