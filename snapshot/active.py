@@ -22,7 +22,7 @@ from snapshot.qmp import Qmp, poll
 from snapshot.session import Session
 
 Arguments = dict[str, Any]
-_SAVE_DEADLINE = 3600.0
+_SAVE_DEADLINE = 24 * 3600.0
 
 
 def execute(qmp: Qmp, command: dict[str, Any], deadline: float | None = None) -> Any:  # noqa: ANN401 - QEMU's answer
@@ -30,12 +30,13 @@ def execute(qmp: Qmp, command: dict[str, Any], deadline: float | None = None) ->
     return qmp.execute(command["execute"], command.get("arguments"), deadline=deadline)
 
 
-def make_overlay(session: Session, arguments: Arguments) -> None:  # noqa: ARG001 - one signature for all actions
+def make_overlay(session: Session, arguments: Arguments) -> None:
     """Make an empty qcow2 file on a base that may be in use; owner and mode are the base's."""
     path, base = arguments["path"], arguments["backing"]
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except OSError as error:
+        session.foreign.add(path)
         raise DomainSnapshotError(f"cannot make '{path}': {error.strerror}") from error
     try:
         status = os.stat(base)
@@ -49,10 +50,12 @@ def make_overlay(session: Session, arguments: Arguments) -> None:  # noqa: ARG00
 
 
 def unmake_overlay(session: Session, arguments: Arguments) -> None:
-    """Remove the overlay, unless somebody uses it."""
+    """Remove the overlay, unless somebody uses it, or it is none of ours."""
     path = arguments["path"]
-    if not os.path.exists(path):
+    if not os.path.exists(path) or path in session.foreign:
         return
+    if not offline.is_fresh_overlay(path, arguments["backing"]):
+        raise DomainSnapshotError(f"'{path}' is not the overlay that was to be made: it stays")
     if session.alive() and BlockGraph.query(session.qmp).find(path) is not None:
         raise DomainSnapshotError(f"'{path}' is still used by QEMU")
     if os.path.getsize(path):
@@ -78,7 +81,7 @@ def remove_node(session: Session, arguments: Arguments) -> None:
         session.qmp.execute("blockdev-del", {"node-name": arguments["node"]})
 
 
-def stop(session: Session, arguments: Arguments) -> None:  # noqa: ARG001
+def stop(session: Session, arguments: Arguments) -> None:  # noqa: ARG001 - one signature for all actions
     """Stop the guest."""
     session.qmp.execute("stop")
 

@@ -29,19 +29,25 @@ _CAPABILITIES = ("pause-before-switchover", "background-snapshot", "events")
 _MAGIC = b"QEVM\0\0\0\3"
 
 
-def make_memory_file(session: Session, arguments: Arguments) -> None:  # noqa: ARG001 - one signature for all actions
+def make_memory_file(session: Session, arguments: Arguments) -> None:
     """Make the empty file."""
     try:
         os.close(os.open(arguments["path"], os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
     except OSError as error:
+        session.foreign.add(arguments["path"])
         raise DomainSnapshotError(f"cannot make '{arguments['path']}': {error.strerror}") from error
 
 
-def unmake_memory_file(session: Session, arguments: Arguments) -> None:  # noqa: ARG001
-    """Remove the file."""
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(arguments["path"])
-        sync_directory(os.path.dirname(arguments["path"]))
+def unmake_memory_file(session: Session, arguments: Arguments) -> None:
+    """Remove the file, unless it is none of ours."""
+    path = arguments["path"]
+    if path in session.foreign or not os.path.exists(path):
+        return
+    with open(path, "rb") as file:
+        if file.read(8).strip(b"\0") not in (b"", _MAGIC):
+            raise DomainSnapshotError(f"'{path}' is not the memory file that was to be written: it stays")
+    os.unlink(path)
+    sync_directory(os.path.dirname(path))
 
 
 def background_possible(qmp: Qmp) -> str | None:
@@ -85,7 +91,7 @@ def end_memory(session: Session, arguments: Arguments) -> None:
     _restore(session.qmp, arguments)
 
 
-def keep_memory(session: Session, arguments: Arguments) -> None:  # noqa: ARG001
+def keep_memory(session: Session, arguments: Arguments) -> None:  # noqa: ARG001 - one signature for all actions
     """Make the file durable, and see that it is what it should be."""
     sync(arguments["path"])
     with open(arguments["path"], "rb") as file:

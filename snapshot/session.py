@@ -125,6 +125,7 @@ class Session:
         self.instant = 0  # when the disks were switched, nanoseconds since 1970
         self.held = contextlib.ExitStack()
         self.images: dict[str, qcowlib.BlockImage] = {}
+        self.foreign: set[str] = set()  # files that stood where ours were to be made: never removed
         self.started: subprocess.Popen[bytes] | None = None
         self.previous_qmp: Qmp | None = None
         self._lost = False

@@ -57,9 +57,10 @@ def test_twenty_of_twenty(
     mixed = INTERNAL in modes and memory_file
     restored = 0
     for snapshot in [taken[-1]] if EXTERNAL in modes and INTERNAL in modes else taken:
-        if mixed and domain is not None:
+        if mixed:
             domain.qmp.execute("quit")
-            domain.close()
+        domain.close()
+        if mixed:
             while any(one.in_use for one in guest.inactive().facts(journal.layers()).disks):
                 time.sleep(0.05)
         here = open_domain(guest.description)
@@ -79,7 +80,8 @@ def test_twenty_of_twenty(
     median = sorted(pauses)[len(pauses) // 2] * 1000
     names = "+".join(mode.value for mode in modes)
     with capsys.disabled():
-        sys.stdout.write(f"\n{names} {liveness.value}: {fitting} of {TIMES} fit, {restored} restored, pause {median:.0f} ms\n")
+        result = f"{fitting} of {TIMES} fit, {restored} restored, pause {median:.0f} ms"
+        sys.stdout.write(f"\n{names} {liveness.value}: {result}\n")
 
 
 def pause(events: list[dict[str, object]]) -> float:

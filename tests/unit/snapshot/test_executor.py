@@ -205,3 +205,22 @@ def test_nobody_can_start_the_domain_meanwhile(off: tuple[InactiveDomain, Catalo
 
     executor.create(domain, catalog, SnapshotRequest("s", disk_only=True), progress=progress)
     assert seen == ["vda", "vdb", "vdc"]
+
+
+@pytest.mark.parametrize("content", [b"somebody's own file", b"", b"QFI\xfb"])
+def test_a_file_that_appears_after_the_check_is_never_removed(
+    off: tuple[InactiveDomain, Catalog], tmp_path: Path, content: bytes
+) -> None:
+    domain, catalog = off
+    path = tmp_path / "vdb.s.qcow2"
+
+    def progress(what: str, _index: int, _total: int) -> None:
+        if what.startswith("make the overlay") and str(path) in what:
+            path.write_bytes(content)
+
+    request = SnapshotRequest("s", disk_only=True, default_mode=DiskMode.EXTERNAL)
+    with pytest.raises(DomainSnapshotError, match="File exists"):
+        executor.create(domain, catalog, request, progress=progress)
+    assert path.read_bytes() == content
+    assert sorted(name for name in os.listdir(tmp_path) if ".s." in name) == ["vdb.s.qcow2"]
+    assert Journal(str(catalog.directory)).pending() is None
