@@ -18,7 +18,7 @@ from qcowlib.cli.common import (
     report,
     wants_json,
 )
-from qcowlib.cli.opening import image_name, open_image_name
+from qcowlib.cli.opening import image_name, open_image_name_for_check
 from qcowlib.cli.options import Arguments, Option, Syntax, UsageError
 from qcowlib.cli.qapi import Value, dumps
 
@@ -55,7 +55,7 @@ def run(arguments: Arguments) -> int:
     if repair is not None:
         raise CommandFailed("repair is not available yet; nothing was changed")
     name = image_name(arguments, filename)
-    with open_image_name(name, force_share=arguments.has("force-share"), open_backing=False) as image:
+    with open_image_name_for_check(name, force_share=arguments.has("force-share")) as image:
         from qcowlib.image.qcow2 import Qcow2Image
         from qcowlib.operations.check import check
 

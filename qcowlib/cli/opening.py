@@ -132,6 +132,18 @@ def open_image_name(name: ImageName, *, force_share: bool, open_backing: bool) -
     return image
 
 
+def open_image_name_for_check(name: ImageName, *, force_share: bool) -> Qcow2Image | RawImage:
+    """Open an image to be checked; see `open_image_name`."""
+    from qcowlib.image.opening import open_for_check
+
+    try:
+        image = open_for_check(name.reference, force_share=force_share)
+    except QcowError as error:
+        raise not_opened(name, error) from error
+    _warn_of_stale_bitmaps(image)
+    return image
+
+
 def open_image_name_for_writing(name: ImageName, *, open_backing: bool) -> WritableQcow2Image | WritableRawImage:
     """Open an image for reading and writing; see `open_image_name`."""
     from qcowlib.image.opening import open_image

@@ -53,6 +53,7 @@ class _Request:
     """How a chain is to be opened; the same for all its layers, but `writable`, `data_file` and `ancestors`.
 
     Attributes:
+        for_check: take what only a check can make something of.
         ancestors: identity of each file above in the chain.
     """
 
@@ -62,6 +63,7 @@ class _Request:
     passphrase: bytes | None
     open_backing: bool
     data_file: ReadStorage | None
+    for_check: bool = False
     ancestors: tuple[object, ...] = ()
 
 
@@ -157,9 +159,35 @@ def open_image(
         open_backing=open_backing,
         data_file=data_file,
     )
+    return _open_source(source, format, request)
+
+
+def open_for_check(
+    source: ImageSource, *, format: str | None = None, force_share: bool = False
+) -> Qcow2Image | RawImage:
+    """Open the top file alone, to be checked: also one whose header has no refcount table.
+
+    Args:
+        source, format, force_share: as for `open_image`.
+
+    Raises: as `open_image`.
+    """
+    request = _Request(
+        writable=False,
+        policy=DenyReferences(),
+        force_share=force_share,
+        passphrase=None,
+        open_backing=False,
+        data_file=None,
+        for_check=True,
+    )
+    return _open_source(source, format, request)
+
+
+def _open_source(source: ImageSource, image_format: str | None, request: _Request) -> Qcow2Image | RawImage:
     if isinstance(source, Reference):
-        return _open_reference(source if format is None else replace(source, format=format), request)
-    return _open_storage(_source_storage(source, request), format, request, Reference(_source_path(source)))
+        return _open_reference(source if image_format is None else replace(source, format=image_format), request)
+    return _open_storage(_source_storage(source, request), image_format, request, Reference(_source_path(source)))
 
 
 def _source_storage(source: ImageSource, request: _Request) -> ReadStorage:
@@ -244,7 +272,7 @@ def _writable_storage(storage: ReadStorage) -> Storage:
 
 
 def _qcow2_image(storage: ReadStorage, request: _Request, reference: Reference, undo: ExitStack) -> Qcow2Image:
-    state = load_state(storage)
+    state = load_state(storage, for_check=request.for_check)
     header = state.header
     if request.writable and header.corrupt:
         raise ImageStateError("qcow2: Image is corrupt; cannot be opened read/write")

@@ -161,14 +161,19 @@ class Qcow2State:
         return ClusterMapping(self.storage, self.tables, self.rules, l1)
 
 
-def load_state(storage: ReadStorage, data_storage: ReadStorage | None = None) -> Qcow2State:
+def load_state(storage: ReadStorage, data_storage: ReadStorage | None = None, *, for_check: bool = False) -> Qcow2State:
     """The metadata of the qcow2 image in `storage`.
+
+    Args:
+        storage: the qcow2 file.
+        data_storage: the file with guest clusters, if it is another one.
+        for_check: take a header that only a check can make something of (no refcount table).
 
     Raises:
         FormatError: the header is not valid.
     """
     data = storage.pread(MAX_CLUSTER_SIZE, 0)
-    return Qcow2State(storage, parse_header(data, storage.size()), data_storage)
+    return Qcow2State(storage, parse_header(data, storage.size(), for_check=for_check), data_storage)
 
 
 def load_l1(storage: ReadStorage, offset: int, entries: int, structure: str) -> Entries:
