@@ -9,34 +9,25 @@ import time
 from snapshot.catalog import Catalog
 from snapshot.cli.output import Progress, disks_text, memory_text
 from snapshot.cli.running import finish
-from snapshot.cli.selection import selected
-from snapshot.document import name_problem
+from snapshot.cli.selection import Selection, selected
 from snapshot.errors import DomainSnapshotError, NotPossible
 from snapshot.model import DiskMode, DiskRequest, DomainSnapshot, Liveness, SnapshotRequest
 from snapshot.safe_xml import require_writable
+from snapshot.step import Step
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Carry the command out."""
     request = build_request(arguments)
-    against = [problem for problem in (name_problem(request.name), _description_problem(request)) if problem]
-    if against:
-        raise NotPossible(f"create snapshot '{request.name}'", against)
-    from snapshot import executor
-
-    progress = Progress(arguments.verbose)
+    unwritable = _unwritable(request)
     with selected(arguments) as selection:
         try:
-            result = executor.create(
-                selection.required,
-                selection.catalog,
-                request,
-                dry_run=arguments.dry_run,
-                progress=progress,
-                wait=arguments.wait,
-            )
-        finally:
-            progress.clear()
+            # What cannot be recorded is not taken; the engine says what else is against it.
+            result = _create(selection, request, arguments, dry_run=arguments.dry_run or bool(unwritable))
+        except NotPossible as error:
+            raise NotPossible(error.what, [*unwritable, *error.reasons]) from None
+        if unwritable:
+            raise NotPossible(f"create snapshot '{request.name}'", unwritable)
         code = finish(result, _describe)
         if isinstance(result, DomainSnapshot) and arguments.digest:
             _record_digests(selection.catalog, result, arguments.wait)
@@ -75,12 +66,29 @@ def build_request(arguments: argparse.Namespace) -> SnapshotRequest:
     )
 
 
-def _description_problem(request: SnapshotRequest) -> str | None:
+def _create(
+    selection: Selection, request: SnapshotRequest, arguments: argparse.Namespace, *, dry_run: bool
+) -> DomainSnapshot | list[Step]:
+    from snapshot import executor
+
+    progress = Progress(arguments.verbose)
     try:
-        require_writable(request.description.replace("\r\n", "\n"), "the description")
-    except ValueError as error:
-        return str(error)
-    return None
+        return executor.create(
+            selection.required, selection.catalog, request, dry_run=dry_run, progress=progress, wait=arguments.wait
+        )
+    finally:
+        progress.clear()
+
+
+def _unwritable(request: SnapshotRequest) -> list[str]:
+    """What XML, and so the catalog, cannot hold."""
+    found = []
+    for text, what in ((request.name, "the name"), (request.description.replace("\r\n", "\n"), "the description")):
+        try:
+            require_writable(text, what)
+        except ValueError as error:
+            found.append(str(error))
+    return found
 
 
 def _describe(snapshot: DomainSnapshot) -> str:

@@ -57,10 +57,8 @@ def _import(selection: Selection, snapshot: DomainSnapshot, arguments: argparse.
 
     disk = _disk_for(snapshot, arguments.disk)
     source = _source(snapshot, arguments)
-    if disk is None or source is None:
-        raise NotPossible(f"import memory into '{snapshot.name}'", _against(snapshot, disk, source, arguments))
-    against = _against(snapshot, disk, source, arguments)
-    if against:
+    against = [*_against(snapshot, disk, source, arguments), *_frozen(selection.catalog.load(), disk)]
+    if against or disk is None or source is None:
         raise NotPossible(f"import memory into '{snapshot.name}'", against)
     facts = import_memory(source, disk.file, disk.internal_id or snapshot.name, machine=snapshot.memory.machine)
     if not snapshot.foreign:
@@ -96,6 +94,16 @@ def _against(
     if source is not None and not arguments.same_instant and (own is None or not _same(source, own, snapshot)):
         reasons.append(f"'{source}' is not the snapshot's own memory: --same-instant says that it fits the disks")
     return reasons
+
+
+def _frozen(snapshots: list[DomainSnapshot], disk: DiskSnapshot | None) -> list[str]:
+    """A file that an external snapshot has frozen is not written."""
+    names = [
+        each.name
+        for each in snapshots
+        if any(d.mode is DiskMode.EXTERNAL and disk is not None and d.file == disk.file for d in each.disks)
+    ]
+    return [f"'{disk.file}' is frozen by the external snapshot '{name}'" for name in names] if disk is not None else []
 
 
 def _same(source: str, own: str, snapshot: DomainSnapshot) -> bool:

@@ -1,6 +1,10 @@
 """The command domsnap on a real running guest: what it prints is true, and memory and disks are of one instant."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +81,43 @@ def test_every_way_of_taking_one(tmp_path: Path, capsys: pytest.CaptureFixture[s
         machine.quit()
     catalog = Catalog(f"{vm}.snapshots")
     assert [consistent(catalog.get(name)) for name in WAYS] == [None] * 3
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_by_a_signal(tmp_path: Path, number: signal.Signals) -> None:
+    """At any moment: the guest runs on, no file is left, the catalog is as before; or the snapshot is whole."""
+    disks = guest.make_disks(tmp_path, 2)
+    stopped = 0
+    with guest.running(disks, memory=64) as machine:
+        vm = domain_file(tmp_path, disks, machine)
+        catalog = Catalog(f"{vm}.snapshots")
+        before = set(os.listdir(tmp_path)) | {"vm.toml.snapshots"}
+        for attempt in (0, 1, 3, 5, 7, 9, 12):
+            words = ["create", f"s{attempt}", "-f", str(vm), "--verbose", "--external"]
+            with subprocess.Popen(
+                [sys.executable, "-m", "snapshot.cli.main", *words], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL
+            ) as process:
+                assert process.stderr is not None
+                for _ in range(attempt):  # after this many steps
+                    process.stderr.readline()
+                process.send_signal(number)
+                process.stderr.read()
+                code = process.wait(guest.DEADLINE)
+            assert machine.status() == "running"
+            made = set(os.listdir(tmp_path)) - before
+            if any(snapshot.name == f"s{attempt}" for snapshot in catalog.load()):
+                assert code == 0  # it was too late
+                assert consistent(catalog.get(f"s{attempt}")) is None
+                assert len(made) == 3
+                break
+            stopped += 1
+            # Before the command has begun, Python itself is what ends.
+            assert code == 128 + number or (attempt == 0 and code in {-number, 1}), (attempt, code)
+            assert made == set()
+            assert catalog.current is None
+        machine.wait_ticks(2)
+        assert machine.complaints() == []
+    assert stopped >= 3
 
 
 def test_qmp_socket_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
