@@ -101,8 +101,9 @@ def run(
     *command: str | Path, deadline: float | None = None, cwd: Path = ROOT, settings: Mapping[str, str] | None = None
 ) -> None:
     """Run a command, with these changes to the environment; raises Failed when it fails or does not end."""
-    # The caller's Python settings must not lead to packages outside the environment.
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME")}
+    # The caller's Python settings must not lead to packages outside the environment, nor forbid it to keep bytecode.
+    foreign = ("PYTHONPATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE")
+    environment = {name: value for name, value in os.environ.items() if name not in foreign}
     environment.update(settings or {})
     try:
         code = subprocess.run(command, check=False, cwd=cwd, env=environment, timeout=deadline).returncode
