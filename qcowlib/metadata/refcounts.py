@@ -24,6 +24,7 @@ from qcowlib.storage.helpers import read_exact
 from qcowlib.storage.protocol import Storage
 
 _CLEAN_BUDGET = 32 << 20
+_SEARCH_STEP = 1 << 15  # clusters that a search looks at together: a block may count millions
 
 
 class RefcountStructure:
@@ -331,18 +332,19 @@ class RefcountStructure:
         self._count_once(start, blocks + table_clusters)
 
     def _find(self, minimum: int) -> tuple[int, int]:
-        """The first run of at least `minimum` free clusters, as far as its last refcount block reaches."""
+        """The first run of at least `minimum` free clusters, as far as the search has looked."""
         position = self._search_from
         start, stop = position, position  # a free run that ends where the search stands
         while True:
             block_index = position >> self._bits
             block = self._block(block_index)
-            following = block_index + 1 << self._bits
+            following = min(block_index + 1 << self._bits, position + _SEARCH_STEP)
             if block is None:
                 if not self._open_frontier(block_index, minimum):
-                    position = start = stop = following
+                    position = start = stop = block_index + 1 << self._bits
                 continue
-            free = np.flatnonzero(block[position & (1 << self._bits) - 1 :] == 0) + position
+            inside = position & (1 << self._bits) - 1
+            free = np.flatnonzero(block[inside : inside + following - position] == 0) + position
             position = following
             if not len(free):
                 continue
