@@ -130,7 +130,7 @@ def revert(
         NoSuchDomainSnapshot, NotPossible, DomainBusy, RecoverNeeded: nothing was touched.
         RecoverNeeded: also when it took effect, but its last steps failed.
         UndoFailed: it failed, and could not be undone wholly.
-        DomainSnapshotError, QcowError, OSError: it failed, and everything was undone.
+        DomainSnapshotError, QcowError, OSError: it failed, and everything was undone; the safety snapshot stays.
     """
     with _exclusive(catalog, wait, dry_run=dry_run) as journal:
         snapshot = gather.find(catalog, name)
@@ -148,7 +148,12 @@ def revert(
         if dry_run:
             return [*safety, *plan]
         session = _session(domain, catalog, journal, request.facts, progress)
-        run(session, _operation("revert", name, domain, request.facts, request.token, plan))
+        try:
+            run(session, _operation("revert", name, domain, request.facts, request.token, plan))
+        except DomainSnapshotError:
+            if progress is not None and not options.discard_current:
+                progress(f"the state before is in the snapshot '{request.current}' as well", 0, 0)
+            raise
         if isinstance(domain, ActiveDomain) and request.way is plan_revert.Way.RESTART:
             domain.qmp = Qmp(domain.qmp.path)
         return snapshot

@@ -64,13 +64,24 @@ class Rig:
         formats: of the disks, in order.
         memory: MiB.
         size: bytes of each disk.
+        period: ticks of the guest's timer between two increments.
+        options: of the qcow2 images.
+        named: give QEMU's nodes names; otherwise it makes them up, as for a plain -drive.
     """
 
     def __init__(
-        self, directory: Path, *formats: str, memory: int = 4, size: int = 8 << 20, period: int = 1, options: str = ""
+        self,
+        directory: Path,
+        *formats: str,
+        memory: int = 4,
+        size: int = 8 << 20,
+        period: int = 1,
+        options: str = "",
+        named: bool = True,
     ) -> None:
         self.directory = directory
         self.memory = memory
+        self.named = named
         self.processes: list[subprocess.Popen[bytes]] = []
         self.socket = str(directory / "q")
         self.serial = directory / "serial"
@@ -100,6 +111,9 @@ class Rig:
     def _disk_options(self) -> list[str]:
         options: list[str] = []
         for number, disk in enumerate(getattr(self, "disks", ())):
+            if not self.named:
+                options += ["-drive", f"if=virtio,format={{format:{disk.target}}},file={{disk:{disk.target}}}"]
+                continue
             file = {"driver": "file", "filename": f"{{disk:{disk.target}}}"}
             node = {"driver": f"{{format:{disk.target}}}", "node-name": f"d{number}", "file": file}
             options += ["-blockdev", json.dumps(node)]

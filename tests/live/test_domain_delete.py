@@ -148,6 +148,29 @@ def test_internal_and_memory(rig: MakeRig, tmp_path: Path) -> None:
         assert oracle.image_info(disk.path).get("snapshots", []) == []
 
 
+def test_branches_that_qemu_does_not_have_open(rig: MakeRig, tmp_path: Path) -> None:
+    """After a revert the later snapshots are a branch of their own, which a merge must not leave behind."""
+    guest = rig(named=False)
+    domain = guest.start()
+    assert all(one.node.startswith("#block") for one in domain.facts().disks)
+    catalog = Catalog(str(tmp_path / "catalog"))
+    chain(guest, domain, catalog)
+    executor.revert(domain, catalog, "two", RevertOptions(discard_current=True))
+    guest.wait_for_ticks(3)
+    for name in ("one", "two", "three"):
+        wanted = counters_of(catalog)
+        del wanted[name]
+        executor.delete(domain, catalog, name, DeleteOptions())
+        assert counters_of(catalog) == wanted
+        guest.wait_for_ticks(2)
+    paths = [one.disk.path for one in domain.facts().disks]
+    guest.quit(domain.qmp)
+    assert not guest.complaints()
+    assert all(oracle.image_check(path)["rc"] == 0 for path in paths)
+    guest.start(paths=executor.Journal(catalog.directory).layers())
+    assert not guest.complaints()
+
+
 def test_other_users_of_a_base_are_refused(rig: MakeRig, tmp_path: Path) -> None:
     guest = rig()
     guest.quit(guest.start().qmp)

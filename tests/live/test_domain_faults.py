@@ -17,7 +17,7 @@ from snapshot import executor, gather
 from snapshot.catalog import Catalog
 from snapshot.domain import ActiveDomain
 from snapshot.errors import DomainSnapshotError, Interrupted, QmpError, QmpTimeout, RecoverNeeded
-from snapshot.model import DiskMode, DiskRequest, Liveness, SnapshotRequest
+from snapshot.model import DeleteOptions, DiskMode, DiskRequest, Liveness, SnapshotRequest
 from tests import oracle
 from tests.live.rig import MakeRig, Rig, disk_counter
 
@@ -192,6 +192,27 @@ def test_a_signal_at_each_step(rig: MakeRig, tmp_path: Path, kind: str) -> None:
                 progress=at_step(number, lambda w=which: os.kill(os.getpid(), w)),  # type: ignore[misc]
             )
         injected += 1
+        clean += state(guest, domain, catalog) == before
+    guest.wait_for_ticks(3)
+    assert injected == clean > 1, (injected, clean)
+    assert not guest.complaints()
+
+
+@kinds("paused")
+def test_the_connection_breaks_at_each_step(rig: MakeRig, tmp_path: Path, kind: str) -> None:
+    guest, domain, catalog = prepared(rig, tmp_path)
+    before = state(guest, domain, catalog)
+    total = steps_of(domain, catalog, kind)
+    injected = clean = 0
+    for number in range(total):
+        with contextlib.suppress(DomainSnapshotError):
+            executor.create(domain, catalog, REQUESTS[kind], progress=at_step(number, domain.qmp.close))
+        injected += 1
+        domain.close()
+        domain = guest.connect()
+        if catalog.current == "f":
+            assert number == total - 1
+            executor.delete(domain, catalog, "f", DeleteOptions(into="base"))
         clean += state(guest, domain, catalog) == before
     guest.wait_for_ticks(3)
     assert injected == clean > 1, (injected, clean)

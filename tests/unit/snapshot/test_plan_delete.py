@@ -1,0 +1,102 @@
+"""Plans of deletions: which direction, what is refused, which files go."""
+
+from typing import Any
+
+from snapshot.model import (
+    Consistency,
+    DeleteOptions,
+    DiskMode,
+    DiskSnapshot,
+    DomainSnapshot,
+    DomainState,
+    MemoryMode,
+    MemorySnapshot,
+)
+from snapshot.plan_delete import DeleteRequest, FileFacts, merges, reasons, steps
+from tests.unit.snapshot.facts import disk, domain
+
+BASE, TOP = "/d/base.qcow2", "/d/top.qcow2"
+
+
+def snapshot(name: str = "s", *, file: str = BASE, overlay: str = TOP, **more: Any) -> DomainSnapshot:
+    disks = (DiskSnapshot("vda", DiskMode.EXTERNAL, file, "qcow2", overlay=overlay),)
+    fields: dict[str, Any] = {"memory": MemorySnapshot(MemoryMode.NO), "disks": disks} | more
+    return DomainSnapshot(name, "g", 1, DomainState.SHUTOFF, Consistency.CLEAN, **fields)
+
+
+def files(*, base: dict[str, Any] | None = None, top: dict[str, Any] | None = None) -> dict[str, FileFacts]:
+    """Base <- top, the base with ten times the data."""
+    return {
+        BASE: FileFacts(
+            **({"exists": True, "format": "qcow2", "dependents": [TOP], "size": 9, "data": 1000} | (base or {}))
+        ),
+        TOP: FileFacts(**({"exists": True, "format": "qcow2", "backing": BASE, "size": 9, "data": 100} | (top or {}))),
+    }
+
+
+def request(**more: Any) -> DeleteRequest:
+    facts = domain(disk("vda", path=TOP), active=False)
+    fields: dict[str, Any] = {
+        "snapshot": snapshot(), "others": (), "facts": facts, "options": DeleteOptions(), "layers": {},
+        "files": files(), "described": {"vda": BASE}, "made": {TOP}, "token": "t",
+    }  # fmt: skip
+    return DeleteRequest(**(fields | more))
+
+
+def actions(one: DeleteRequest) -> list[str]:
+    return [step.action for step in steps(one)]
+
+
+def test_the_cheaper_direction_is_chosen_and_shown() -> None:
+    (merge,) = merges(request())
+    assert (merge.into, merge.moved) == ("base", {"base": 100, "overlay": 1000})
+    assert actions(request()) == ["decide", "forget", "merge-down", "rename", "remove-file"]
+    assert "(100 bytes)" in steps(request())[2].text
+    assert steps(request())[0].commits
+    other_way = request(files=files(top={"data": 5000}))
+    assert merges(other_way)[0].into == "overlay"
+    assert actions(other_way) == ["decide", "forget", "merge-up"]  # the first file is not ours to remove
+
+
+def test_an_overlay_of_ours_goes_with_the_merge() -> None:
+    previous = snapshot("before", file="/d/first.qcow2", overlay=BASE)
+    one = request(options=DeleteOptions(into="overlay"), others=(previous,), made={BASE, TOP})
+    assert actions(one) == ["decide", "forget", "merge-up", "rename", "remove-file"]
+    needed = snapshot("other", file=BASE, overlay="/d/branch.qcow2")
+    assert actions(request(options=DeleteOptions(into="overlay"), others=(previous, needed), made={BASE, TOP})) == [
+        "decide", "forget", "merge-up",
+    ]  # fmt: skip
+
+
+def test_what_is_against_the_base() -> None:
+    into = DeleteOptions(into="base")
+    for text, more in {
+        "'/d/x.qcow2' is based on": {"files": files(base={"dependents": [TOP, "/d/x.qcow2"]})},
+        "the snapshot 'o' needs": {"others": (snapshot("o", overlay="/d/x"),)},
+        "internal snapshot 'i', which would be lost": {"files": files(top={"snapshots": ["i"]})},
+        "is a larger disk": {"files": files(top={"size": 10})},
+        "which the domain writes": {"files": files(top={"dependents": ["/d/x"]})},
+        "uses '/d/base.qcow2' without": {"facts": domain(disk("vda", path=BASE), active=False)},
+    }.items():
+        assert any(text in reason for reason in reasons(request(options=into, **more))), text
+        # The other direction stays open.
+        assert reasons(request(**more)) == []
+        assert merges(request(**more))[0].into == "overlay"
+
+
+def test_metadata_only_asks_nothing() -> None:
+    used = domain(disk("vda", path=TOP, in_use="another process"), active=False)
+    assert reasons(request(facts=used)) != []
+    alone = request(facts=used, options=DeleteOptions(metadata_only=True))
+    assert reasons(alone) == []
+    assert actions(alone) == ["decide", "forget"]
+
+
+def test_memory_files_and_internal_snapshots() -> None:
+    inside = (DiskSnapshot("vda", DiskMode.INTERNAL, TOP, "qcow2", internal_id="3", internal_name="s"),)
+    one = snapshot(disks=inside, memory=MemorySnapshot(MemoryMode.EXTERNAL, "/d/s.mem"))
+    plan = steps(request(snapshot=one))
+    assert [(step.action, step.arguments) for step in plan[2:]] == [
+        ("remove-internal", {"name": "s", "id": "3", "path": TOP}),
+        ("remove-file", {"path": "/d/s.mem", "image": False}),
+    ]
