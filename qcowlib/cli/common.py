@@ -60,10 +60,12 @@ def report(message: str, *, repeat: bool = False, end: str = "\n") -> None:
 
 def report_error(error: QcowError) -> int:
     """Print an error that ends a command; returns the exit code for it."""
+    cause = error.__cause__ or error
+    text = "; ".join([str(error), *getattr(cause, "__notes__", ())])  # a note says what was lost on the way
     if isinstance(error, CommandFailed):
-        report(str(error), repeat=error.repeat, end=error.end)
+        report(text, repeat=error.repeat, end=error.end)
         return error.code
-    report(str(error))
+    report(text)
     return ERROR_EXIT_CODE
 
 
