@@ -9,6 +9,7 @@ in the middle of a message. Jobs and migrations are polled: an event can be miss
 from __future__ import annotations
 
 import asyncio
+import atexit
 import concurrent.futures
 import contextlib
 import logging
@@ -64,6 +65,7 @@ class Qmp:
         except BaseException:
             self._stop_loop()
             raise
+        atexit.register(self.close)  # or the interpreter complains about tasks that were never awaited
 
     @property
     def version(self) -> tuple[int, int, int]:
@@ -112,6 +114,7 @@ class Qmp:
 
     def close(self) -> None:
         """End the connection; a second call does nothing."""
+        atexit.unregister(self.close)
         if self._loop.is_closed():
             return
         with contextlib.suppress(DomainSnapshotError, concurrent.futures.CancelledError):

@@ -72,6 +72,9 @@ def take_over(session: Session, arguments: Arguments) -> None:
     if own != final:
         if not os.path.exists(own):
             return
+        if not listening(own):  # in `recover`: both have ended since
+            os.unlink(own)
+            return
         old, new = session.previous_qmp, session.qmp_or_none
         if new is not None and new.path == final:  # in `recover`: what is known is the old one
             old, new = new, None
