@@ -12,6 +12,7 @@ from snapshot.errors import DomainSnapshotError, QmpError, QmpTimeout
 from snapshot.session import Session
 
 _DEADLINE = 60.0
+_PING_DEADLINE = 10.0
 
 
 def freeze(session: Session, arguments: dict[str, Any]) -> None:  # noqa: ARG001 - one signature for all actions
@@ -30,19 +31,31 @@ def thaw(session: Session, arguments: dict[str, Any]) -> None:  # noqa: ARG001
         ask(session, "guest-fsfreeze-thaw")
 
 
+def problem(path: str) -> str | None:
+    """Why the agent at a socket cannot be asked; None when it answers."""
+    try:
+        _ask(path, "guest-ping", _PING_DEADLINE)
+    except DomainSnapshotError as error:
+        return str(error)
+    return None
+
+
 def ask(session: Session, command: str) -> Any:  # noqa: ANN401 - the agent's answer
     """Run one command of the guest agent."""
-    path = session.agent_socket
-    if path is None:
+    if session.agent_socket is None:
         raise DomainSnapshotError("the guest agent's socket is not known")
+    return _ask(session.agent_socket, command, _DEADLINE)
+
+
+def _ask(path: str, command: str, deadline: float) -> Any:  # noqa: ANN401 - the agent's answer
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-            connection.settimeout(_DEADLINE)
+            connection.settimeout(deadline)
             connection.connect(path)
             number = secrets.randbelow(1 << 31)
             # The 0xff byte ends whatever an earlier client left half-said.
             _send(connection, "guest-sync-delimited", {"id": number}, b"\xff")
-            end = time.monotonic() + _DEADLINE
+            end = time.monotonic() + deadline
             stream = connection.makefile("rb")
             while _answer(stream.readline()) != number:
                 if time.monotonic() > end:
@@ -50,7 +63,7 @@ def ask(session: Session, command: str) -> Any:  # noqa: ANN401 - the agent's an
             _send(connection, command, {})
             return _answer(stream.readline(), command)
     except TimeoutError as error:
-        raise QmpTimeout(f"the guest agent did not answer {command} within {_DEADLINE:g} s") from error
+        raise QmpTimeout(f"the guest agent did not answer {command} within {deadline:g} s") from error
     except OSError as error:
         raise DomainSnapshotError(f"the guest agent at '{path}' cannot be reached: {error.strerror}") from error
 

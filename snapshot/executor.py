@@ -18,6 +18,7 @@ from dataclasses import replace
 import qcowlib
 from snapshot import (
     active,
+    agent,
     gather,
     migration,
     plan_delete,
@@ -89,6 +90,10 @@ def _create(
         request = _without_background(domain, request, progress)
     resolved = resolve(request, facts, journal.made())
     against = reasons(resolved, gather.host_facts(resolved.paths()), [one.name for one in catalog.load()])
+    if request.quiesce and facts.active and facts.agent_socket is not None:
+        # Once an operation has begun, an agent that is not there could not be asked to thaw either.
+        problem = agent.problem(facts.agent_socket)
+        against += [] if problem is None else [problem]
     if against:
         raise NotPossible(f"create snapshot '{request.name}'", against)
     token = secrets.token_hex(4)
