@@ -29,6 +29,7 @@ PACKAGES = {
     "nbdkit": "nbdkit",
     "nbdinfo": "libnbd-bin",
     "nbdcopy": "libnbd-bin",
+    "strace": "strace",
     "xmllint": "libxml2-utils",
     "virsh": "libvirt-clients",
 }

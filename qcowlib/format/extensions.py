@@ -117,7 +117,9 @@ def parse_extensions(area: bytes, start: int) -> ExtensionArea:
         data_start = position + EXTENSION_HEADER.size
         if data_start > len(area):
             return ExtensionArea(tuple(found), position, position, _too_large(start + position))
-        magic, length = EXTENSION_HEADER.parse(area[position:data_start], "header extension").values()
+        # By hand: a first cluster of 2 MiB can hold 262,144 empty extensions, at 14 us each through the declaration.
+        magic = int.from_bytes(area[position : position + 4], "big")
+        length = int.from_bytes(area[position + 4 : data_start], "big")
         data_end = data_start + length
         if data_end > len(area):
             return ExtensionArea(tuple(found), position, position, _too_large(start + position))

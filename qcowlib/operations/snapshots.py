@@ -30,6 +30,7 @@ from qcowlib.image.interface import BlockImage
 from qcowlib.image.qcow2 import find_snapshot
 from qcowlib.image.writable import WritableQcow2Image
 from qcowlib.metadata.reference_counts import ReferenceCounts
+from qcowlib.metadata.references import require_sound_tables
 from qcowlib.metadata.regions import RegionKind
 from qcowlib.metadata.transaction import MetadataTransaction
 from qcowlib.metadata.trees import (
@@ -170,6 +171,7 @@ def delete_snapshot(image: BlockImage, snapshot: str | SnapshotEntry) -> None:
         entry = _find(target, snapshot)
         rest = [other for other in state.snapshots if other is not entry]
         l1 = state.snapshot_mapping(entry).l1
+        require_sound_tables(state.storage, state.geometry, state.l1)  # its COPIED bits are set at the end
         counts = count_tree(state, l1)
         if entry.l1_size:
             first = entry.l1_table_offset >> state.geometry.cluster_bits

@@ -72,6 +72,13 @@ def _snapshot(l1_offset: int, l1_size: int = 1, *, l1: bytes = b"") -> Draft:
     return draft
 
 
+def _active_l1(entry: int) -> Draft:
+    """A good snapshot under a damaged active layer."""
+    draft = _snapshot(0x70000)
+    draft.pieces[0x30000] = words(entry)
+    return draft
+
+
 REFUSED: dict[str, tuple[Callable[[], Draft], str]] = {
     "reserved bits in an L1 entry": (lambda: _l1(0x40000 | COPIED, 5), "create"),
     "unaligned L2 table": (lambda: _l1(0x40200 | COPIED), "create write discard"),
@@ -88,6 +95,7 @@ REFUSED: dict[str, tuple[Callable[[], Draft], str]] = {
     "snapshot L1 too small": (lambda: _snapshot(0x70000, 0), "apply"),
     "snapshot L2 table beyond the end": (lambda: _snapshot(0x70000, l1=words(1 << 40)), "apply delete"),
     "snapshot L2 table unaligned": (lambda: _snapshot(0x70000, l1=words(0x40200)), "apply delete"),
+    "active L2 table beyond the end": (lambda: _active_l1(1 << 40), "create apply delete"),
     "snapshot L1 is the header": (lambda: _snapshot(0), "apply delete"),
     "snapshot L1 is the refcount table": (lambda: _snapshot(0x10000), "apply delete"),
     "snapshot L1 is the refcount block": (lambda: _snapshot(0x20000), "apply delete"),
