@@ -76,6 +76,14 @@ def test_help_loads_nothing_heavy() -> None:
         subprocess.run([sys.executable, "-c", code, *words], check=True, stdout=subprocess.DEVNULL)
 
 
+def test_the_command_is_installed() -> None:
+    program = Path(sys.executable).with_name("domsnap")
+    done = subprocess.run([program, "--help"], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    for verb in ("create", "list", "info", "revert", "delete", "recover", "memory"):
+        assert f"    {verb} " in done.stdout
+
+
 def test_list_of_a_catalog_loads_no_qmp(tmp_path: Path) -> None:
     filled(tmp_path, *ALL)
     code = (
