@@ -9,10 +9,9 @@ from qcowlib.errors import OptionError
 def test_what_was_lost_is_said_in_the_same_line(capsys: pytest.CaptureFixture[str]) -> None:
     cause = OptionError("no space")
     cause.add_note("'x' has lost its content")
-    try:
+    with pytest.raises(CommandFailed) as caught:
         raise CommandFailed("x: no space") from cause
-    except CommandFailed as error:
-        assert report_error(error) == 1
+    assert report_error(caught.value) == 1
     assert capsys.readouterr().err.endswith(": x: no space; 'x' has lost its content\n")
     assert report_error(cause) == 1
     assert capsys.readouterr().err.endswith(": no space; 'x' has lost its content\n")
