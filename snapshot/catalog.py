@@ -34,14 +34,13 @@ def default_directory(domain: str, domain_file: str | None = None) -> str:
         domain: name of the domain.
         domain_file: the domain file, if it is described by one.
 
-    Returns: "<domain file>.snapshots", else a directory of the user's state (for root /var/lib/domsnap/<domain>).
+    Returns: "<domain file>.snapshots", else "domsnap/<domain>" in $XDG_STATE_HOME, /var/lib (root) or ~/.local/state.
     """
     if domain_file is not None:
         return os.path.abspath(domain_file) + ".snapshots"
-    if hasattr(os, "geteuid") and os.geteuid() == 0:
-        state = "/var/lib"
-    else:
-        state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
+    is_root = hasattr(os, "geteuid") and os.geteuid() == 0
+    usual = "/var/lib" if is_root else os.path.expanduser("~/.local/state")
+    state = os.environ.get("XDG_STATE_HOME") or usual
     return os.path.join(os.path.abspath(state), "domsnap", _stem(domain))
 
 

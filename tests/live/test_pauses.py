@@ -2,7 +2,7 @@
 
     python3 -m pytest -s tests/live/test_pauses.py
 
-Live is shorter than paused, and a disk-only snapshot does not stop the guest at all. Beside them: `snapshot-save` by hand.
+Live is shorter than paused, and a disk-only snapshot does not stop the guest at all. Beside them: `snapshot-save`.
 """
 
 import statistics
