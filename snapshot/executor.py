@@ -138,7 +138,7 @@ def revert(
         DomainSnapshotError, QcowError, OSError: it failed, and everything was undone; the safety snapshot stays.
     """
     with _exclusive(catalog, wait, dry_run=dry_run) as journal:
-        snapshot = gather.find(catalog, name)
+        snapshot = gather.find(catalog, name, domain.facts(journal.layers()))
         request = gather.revert_request(domain, catalog, journal, snapshot, options)
         _refuse(f"revert to '{name}'", plan_revert.reasons(request))
         safety: list[Step] = []
@@ -190,7 +190,7 @@ def delete(
         RecoverNeeded: it failed half-way (a full disk, a signal, the death of QEMU): `recover` finishes it.
     """
     with _exclusive(catalog, wait, dry_run=dry_run) as journal:
-        gather.find(catalog, name)
+        gather.find(catalog, name, domain.facts(journal.layers()))
         names = [*_descendants(catalog.load(), name), name] if options.children else [name]
         plan: list[Step] = []
         for one in names:

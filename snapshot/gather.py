@@ -10,6 +10,7 @@ import qcowlib
 from snapshot import offline, plan_delete, plan_revert
 from snapshot.domain import ActiveDomain, Domain, DomainFacts, backing_path, backing_paths
 from snapshot.errors import NoSuchDomainSnapshot
+from snapshot.foreign import found_in_files
 from snapshot.journal import Journal
 from snapshot.model import DeleteOptions, DiskMode, DiskRequest, DomainSnapshot, RevertOptions, SnapshotRequest
 from snapshot.plan import PathFacts
@@ -20,8 +21,9 @@ def delete_request(
     domain: Domain, catalog: Store, journal: Journal, name: str, options: DeleteOptions
 ) -> plan_delete.DeleteRequest:
     """What a deletion depends on."""
-    snapshot, layers = find(catalog, name), journal.layers()
+    layers = journal.layers()
     facts, description = domain.facts(layers), domain.description
+    snapshot = find(catalog, name, facts)
     known = known_files(catalog, facts)
     files = {path for disk in snapshot.disks for path in (disk.file, disk.overlay) if path is not None}
     return plan_delete.DeleteRequest(
@@ -54,13 +56,14 @@ def _file_facts(path: str, known: set[str]) -> plan_delete.FileFacts:
     )
 
 
-def find(catalog: Store, name: str) -> DomainSnapshot:
-    """A snapshot of the catalog.
+def find(catalog: Store, name: str, facts: DomainFacts) -> DomainSnapshot:
+    """A snapshot of the catalog; else one that somebody else has made in the domain's files.
 
     Raises:
         NoSuchDomainSnapshot: there is none of that name.
     """
-    for snapshot in catalog.load():
+    known = catalog.load()
+    for snapshot in (*known, *found_in_files(facts, known)):
         if snapshot.name == name:
             return snapshot
     raise NoSuchDomainSnapshot(f"there is no snapshot '{name}'")

@@ -137,7 +137,7 @@ def _wait(session: Session, wanted: str | None, *, converge: bool = False) -> No
         if time.monotonic() > end:
             raise QmpTimeout(f"writing the memory did not end within {_DEADLINE:g} s")
         time.sleep(pause)
-        pause = min(pause * 1.2, 0.02 if converge else 0.1)
+        pause = min(pause * 1.2, 0.02)  # of the guest's, too, while it stands
 
 
 def _restore(qmp: Qmp, arguments: Arguments) -> None:

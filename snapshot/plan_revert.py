@@ -371,7 +371,8 @@ def _overlay_step(disk: DiskSnapshot, path: str) -> Step:
 def _switch_step(request: RevertRequest) -> Step:
     layers = {**request.layers, **{disk.target: request.new_layer(disk) for disk in request.chosen}}
     made = [request.new_layer(disk) for disk in request.chosen if disk.mode is DiskMode.EXTERNAL]
-    arguments = {"name": request.snapshot.name, "current": request.current, "layers": layers, "made": made,
+    name = None if request.snapshot.foreign else request.snapshot.name  # the catalog cannot name what it has not
+    arguments = {"name": name, "current": request.current, "layers": layers, "made": made,
                  "layers_before": dict(request.layers)}  # fmt: skip
     return Step("switch", arguments, f"'{request.snapshot.name}' is current", undo="the one before is", commits=True)
 

@@ -9,6 +9,7 @@ from snapshot.catalog import Catalog
 from snapshot.domain import ActiveDomain
 from snapshot.errors import DomainSnapshotError, NotPossible
 from snapshot.model import (
+    DeleteOptions,
     DiskMode,
     DiskRequest,
     DomainSnapshot,
@@ -16,6 +17,7 @@ from snapshot.model import (
     RevertOptions,
     SnapshotRequest,
 )
+from snapshot.qmp import poll
 from tests import oracle
 from tests.live.rig import MakeRig, Rig, consistent, disk_counter, ram_record, snapshot_counters, snapshot_record
 
@@ -277,3 +279,36 @@ def test_an_internal_snapshot_under_an_overlay_is_not_applied(rig: MakeRig, tmp_
     create(guest.inactive(), catalog, SnapshotRequest("ex", disk_only=True, default_mode=EXTERNAL))
     with pytest.raises(NotPossible, match="would destroy what is based on it"):
         executor.revert(guest.inactive(), catalog, "in", DISCARD)
+
+
+def test_snapshots_that_others_have_made(rig: MakeRig, tmp_path: Path) -> None:
+    guest = rig()
+    domain = guest.start()
+    catalog = Catalog(str(tmp_path / "catalog"))
+    command = {"job-id": "j", "tag": "theirs", "vmstate": "d0", "devices": ["d0", "d1"]}
+    domain.qmp.execute("snapshot-save", command)
+    poll(lambda: domain.qmp.execute("query-jobs")[0]["status"] == "concluded" or None, deadline=60, what="the job")
+    domain.qmp.execute("job-dismiss", {"id": "j"})
+    wanted = [disk_counter(disk.path, "qcow2", "theirs") for disk in guest.disks]
+    guest.wait_for_ticks(4)
+    executor.revert(domain, catalog, "theirs", RevertOptions(running=False))
+    record, counters = now(guest, domain)
+    assert counters == wanted
+    assert consistent(record, counters)
+    assert catalog.current is None
+    domain.qmp.execute("cont")
+    guest.wait_for_ticks(3)
+    assert not guest.complaints()
+    guest.quit(domain.qmp)
+    for disk in guest.disks:
+        oracle.qemu_img("snapshot", "-c", "offline", disk.path)
+    before = [disk_counter(disk.path, "qcow2") for disk in guest.disks]
+    guest.quit(guest.start().qmp)
+    executor.revert(guest.inactive(), catalog, "offline", DISCARD)
+    assert [disk_counter(disk.path, "qcow2") for disk in guest.disks] == before
+    executor.delete(guest.inactive(), catalog, "offline", DeleteOptions())
+    executor.delete(guest.inactive(), catalog, "theirs", DeleteOptions())
+    for disk in guest.disks:
+        oracle.assert_clean(disk.path)
+        names = [one["name"] for one in oracle.image_info(disk.path)["snapshots"]]
+        assert names == [one.name for one in catalog.load()]

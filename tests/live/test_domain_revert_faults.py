@@ -125,6 +125,7 @@ def test_the_death_of_domsnap_at_each_step_of_a_revert(rig: MakeRig, tmp_path: P
     finish(guest, guest.connect())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["load", "swap"])
 def test_the_death_of_qemu_at_each_step_of_a_revert(rig: MakeRig, tmp_path: Path, way: str) -> None:
     guest, domain, catalog, total = prepared(rig, tmp_path, way)
