@@ -88,9 +88,9 @@ def examine_healed(data: bytes, backing: bytes | None, expected: Content) -> Non
     assert content_by_second_opinion(opinion) == expected, "healing has changed the content"
 
 
-def heal(disk: BytesStorage) -> bytes:
+def heal(disk: BytesStorage, expected: Content) -> bytes:
     """Open an image for writing once, read all of it, close it; what it is then."""
     image = open_writable(disk)
-    _library_content(image)
+    assert _library_content(image) == expected, "the open that heals has changed the content"
     image.close()
     return disk.getvalue()

@@ -247,7 +247,8 @@ def _scenarios() -> list[Scenario]:
     for label, options in geometries.items():
         for name, program in (writes | trees).items():
             # 70 clusters of 512 bytes have two L2 tables.
-            add(f"{name}-{label}", options, program, 70 if options["cluster_size"] == 512 else 40)
+            clusters = 70 if options["cluster_size"] == 512 else 40
+            add(f"{name}-{label}", options, program, clusters, samples=3 if name in ("mixed", "vmstates") else 5)
         if options["compat"] == "1.1":  # qemu-img resizes no version 2 image that has snapshots
             add(f"sizes-{label}", options, SIZES, 20)
         add(f"backing-{label}", options, BACKING, 40, backing=15.5)

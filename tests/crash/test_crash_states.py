@@ -75,7 +75,7 @@ def test_crash_states(scenario: Scenario, tmp_path: Path, record_property: Recor
             found = examine_broken(data, backing, name)
             wrong = guest.judge(found.active, found.saved, first, last)
             assert wrong is None, f"I3: {wrong}"
-            healed = heal(BytesStorage(data, name=name))
+            healed = heal(BytesStorage(data, name=name), found)
             examine_healed(healed, backing, found)
             if choose.random() < 0.2:
                 counts["written at once"] += 1
@@ -159,7 +159,7 @@ def test_crash_while_healing(scenario: Scenario, tmp_path: Path, record_property
             counts["states"] += 1
             cut_off = state.storage().getvalue()
             assert examine_broken(cut_off, backing, name) == expected
-            examine_healed(heal(BytesStorage(cut_off, name=name)), backing, expected)
+            examine_healed(heal(BytesStorage(cut_off, name=name), expected), backing, expected)
     record_property("counted", ("crashes while healing", dict(counts)))
 
 

@@ -126,6 +126,6 @@ def examine(done: Attempt, backing: bytes | None, name: str) -> bytes:
     found = examine_broken(done.data, backing, name)
     wrong = done.guest.judge(found.active, found.saved, done.durable, len(done.guest.moments) - 1)
     assert wrong is None, f"{wrong}; after {[str(error) for error in done.errors]}"
-    healed = heal(BytesStorage(done.data, name=name))
+    healed = heal(BytesStorage(done.data, name=name), found)
     examine_healed(healed, backing, found)
     return healed
