@@ -15,7 +15,6 @@ import secrets
 from collections.abc import Iterator
 from dataclasses import replace
 
-import qcowlib
 from snapshot import (
     active,
     agent,
@@ -70,7 +69,7 @@ def create(
         NotPossible: with everything that is against it; nothing was touched.
         DomainBusy, RecoverNeeded: nothing was touched.
         UndoFailed: it failed, and could not be undone wholly.
-        DomainSnapshotError, QcowError, OSError: it failed, and everything was undone.
+        DomainSnapshotError, QcowError: it failed, and everything was undone.
     """
     with _exclusive(catalog, wait, dry_run=dry_run) as journal:
         return _create(domain, catalog, journal, request, dry_run, progress)
@@ -135,7 +134,7 @@ def revert(
         NoSuchDomainSnapshot, NotPossible, DomainBusy, RecoverNeeded: nothing was touched.
         RecoverNeeded: also when it took effect, but its last steps failed.
         UndoFailed: it failed, and could not be undone wholly.
-        DomainSnapshotError, QcowError, OSError: it failed, and everything was undone; the safety snapshot stays.
+        DomainSnapshotError, QcowError: it failed, and everything was undone; the safety snapshot stays.
     """
     with _exclusive(catalog, wait, dry_run=dry_run) as journal:
         snapshot = gather.find(catalog, name, domain.facts(journal.layers()))
@@ -235,7 +234,7 @@ def recover(domain: Domain, catalog: Store, *, progress: Progress | None = None,
         DomainSnapshotError: the domain's QEMU runs and was not given.
     """
     journal = Journal(os.fspath(catalog.directory))
-    with journal.locked(wait):
+    with _host_errors(), journal.locked(wait):
         pending = journal.pending()
         if pending is None:
             return []
@@ -270,11 +269,11 @@ def recover(domain: Domain, catalog: Store, *, progress: Progress | None = None,
 def run(session: Session, operation: Operation) -> None:
     """Run an operation; on failure or signal undo it."""
     journal, plan = session.journal, operation.steps
-    journal.start(operation)
     begun: set[int] = set()
     committed = False
     with session.interrupt.listening():
         try:
+            journal.start(operation)
             for index, step in enumerate(plan):
                 if index not in begun:
                     group = _group(plan, index)
@@ -326,20 +325,30 @@ def _undo(session: Session, operation: Operation, begun: set[int]) -> list[str]:
             continue
         try:
             action.undo(session, step.arguments)
-        except (DomainSnapshotError, qcowlib.QcowError, OSError) as error:
+        except Exception as error:  # whatever it is, the guest must not stay stopped because of it
             failures.append(f"{step.text}: {error}")
     try:
         active.ensure_running(session, {})
-    except DomainSnapshotError as error:
+    except Exception as error:
         failures.append(f"resume the guest: {error}")
     return failures
+
+
+@contextlib.contextmanager
+def _host_errors() -> Iterator[None]:
+    """The host's errors as ours; everything has been undone when they come here."""
+    try:
+        yield
+    except OSError as error:
+        name = f"'{error.filename}': " if error.filename else ""
+        raise DomainSnapshotError(f"{name}{error.strerror or error}") from error
 
 
 @contextlib.contextmanager
 def _exclusive(catalog: Store, wait: float, *, dry_run: bool) -> Iterator[Journal]:
     """The domain's journal, with nobody else at it and nothing pending."""
     journal = Journal(os.fspath(catalog.directory))
-    with contextlib.nullcontext() if dry_run else journal.locked(wait):
+    with _host_errors(), contextlib.nullcontext() if dry_run else journal.locked(wait):
         pending = journal.pending()
         if pending is not None:
             raise RecoverNeeded(

@@ -82,7 +82,7 @@ class Resolved:
 
     def paths(self) -> set[str]:
         """The files whose `PathFacts` the reasons need."""
-        return {*self.new_files(), *(plan.facts.disk.path for plan in self.of(DiskMode.INTERNAL))}
+        return {*self.new_files(), *(plan.facts.disk.path for plan in self.disks if plan.mode is not DiskMode.NO)}
 
 
 def resolve(request: SnapshotRequest, facts: DomainFacts, made: Collection[str] = ()) -> Resolved:
@@ -271,6 +271,10 @@ def _against_internal(plan: DiskPlan, label: str) -> Iterator[str]:
 
 
 def _against_files(resolved: Resolved, host: Mapping[str, PathFacts]) -> Iterator[str]:
+    for plan in resolved.disks:
+        path = plan.facts.disk.path
+        if plan.mode is not DiskMode.NO and os.path.isabs(path) and not host[path].exists:
+            yield f"disk {plan.facts.disk.target}: there is no '{path}' here (another mount name space, or removed)"
     seen: set[str] = set()
     for path in resolved.new_files():
         if not os.path.isabs(path):

@@ -164,7 +164,7 @@ def test_the_third_disk_fails_and_the_first_two_are_as_before(
         action.do(session, arguments)
 
     monkeypatch.setitem(ACTIONS, name, Action(failing, action.undo))
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(DomainSnapshotError, match="No space"):
         executor.create(domain, catalog, SnapshotRequest("s", disk_only=True, default_mode=mode))
     assert count == 3
     assert sorted(set(os.listdir(tmp_path)) - {"catalog"}) == files

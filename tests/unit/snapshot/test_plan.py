@@ -118,6 +118,14 @@ def test_files_and_space() -> None:
     ]
 
 
+def test_a_disk_that_only_qemu_can_see() -> None:
+    resolved = resolve(SnapshotRequest("s", disk_only=True), domain())
+    facts = host(resolved) | {"/d/vdb.qcow2": PathFacts(False, True, 1 << 40, 1)}
+    assert [reason for reason in reasons(resolved, facts, ()) if "vdb" in reason] == [
+        "disk vdb: there is no '/d/vdb.qcow2' here (another mount name space, or removed)"
+    ]
+
+
 def test_one_file_for_two_disks() -> None:
     files = {target: DiskRequest(EXTERNAL, "/d/x") for target in ("vda", "vdb")}
     assert "'/d/x' is to be made twice" in against(SnapshotRequest("s", disk_only=True, disks=files))
