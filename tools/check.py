@@ -35,6 +35,7 @@ QEMU_PACKAGES = {
     "qemu-system-x86_64": "qemu-system-x86",
     "nbdkit": "nbdkit",
     "nbdinfo": "libnbd-bin",
+    "strace": "strace",
     "xmllint": "libxml2-utils",
     "virsh": "libvirt-clients",  # with libvirt0, which has the XML schemas
     "virt-qemu-run": "libvirt-daemon-driver-qemu",

@@ -57,6 +57,7 @@ class Ledger:
         self.findings = FindingList()
         self.mapping_damaged = False
         self._owners: list[_Owner] = []
+        self._owners_of: dict[tuple[str, int, int], list[int]] = {}  # indices of those with one range
 
     def damage(self, code: str, text: str, host_offset: int | None = None) -> None:
         """A finding that makes the mapping untrustworthy."""
@@ -78,7 +79,14 @@ class Ledger:
         stop = ((offset + length - 1) >> self.geometry.cluster_bits) + 1
         self.references.add_run(first, stop)
         self.clusters = max(self.clusters, stop)
-        self._owners.append(_Owner(name, np.arange(first, stop, dtype=np.int64), 1))
+        # Thousands of snapshots can name one L1 table: two owners show the overlap, and the second stands for the rest.
+        owners = self._owners_of.setdefault((name, first, stop), [])
+        if len(owners) < 2:
+            owners.append(len(self._owners))
+            self._owners.append(_Owner(name, np.arange(first, stop, dtype=np.int64), 1))
+        else:
+            last = self._owners[owners[-1]]
+            self._owners[owners[-1]] = _Owner(name, last.clusters, last.references + 1)
 
     def count_clusters(self, name: str, clusters: Int64Array, references: Int64Array | None = None) -> None:
         """Count metadata clusters inside the file, each claimed by a structure of its own.

@@ -45,6 +45,7 @@ from qcowlib.metadata.trees import (
 )
 from qcowlib.metadata.vmstate import ByteStream, store_vmstate
 
+_MAX_ID_DIGITS = 20
 _UNCOPIED = np.uint64(~OFLAG_COPIED & (1 << 64) - 1)
 
 
@@ -277,7 +278,9 @@ def _find(target: WritableQcow2Image, snapshot: str | SnapshotEntry) -> Snapshot
 
 
 def _next_id(snapshots: list[SnapshotEntry]) -> str:
-    numbers = [int(entry.id) for entry in snapshots if entry.id.isascii() and entry.id.isdigit()]
+    # An id can have 65,535 digits; one that is not a number of 64 bits is a name like any other.
+    ids = [entry.id for entry in snapshots if len(entry.id) <= _MAX_ID_DIGITS]
+    numbers = [int(number) for number in ids if number.isascii() and number.isdigit()]
     return str(max(numbers, default=0) + 1)
 
 
