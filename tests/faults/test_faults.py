@@ -114,7 +114,7 @@ def test_host_is_full(scenario: Scenario, tmp_path: Path, record_property: Recor
     record_property("counted", ("failing calls", dict(session.counts)))
 
 
-@pytest.mark.parametrize("scenario", CHOSEN[::2], ids=lambda scenario: scenario.name)
+@pytest.mark.parametrize("scenario", CHOSEN[::3], ids=lambda scenario: scenario.name)
 def test_interrupts(scenario: Scenario, tmp_path: Path, record_property: Record) -> None:
     """Ctrl-C at each write, discard and flush of the program."""
     session = Session(scenario, tmp_path)
