@@ -39,6 +39,7 @@ QEMU_PACKAGES = {
     "xmllint": "libxml2-utils",
     "virsh": "libvirt-clients",  # with libvirt0, which has the XML schemas
     "virt-qemu-run": "libvirt-daemon-driver-qemu",
+    "virt-ssh-helper": "libvirt-daemon",  # helpers of the driver; no daemon is started
 }
 
 #: Folders of tests that search for a wrong state at length; the run against the wheel leaves them out.

@@ -4,9 +4,12 @@ The driver runs inside virsh (`qemu:///embed`), with its files in a directory of
 machine's own libvirt is touched. It insists on a user called libvirt-qemu, which it gets in a mount namespace.
 """
 
+import contextlib
+import io
 import os
 import pwd
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,8 +19,11 @@ import qcowlib
 from snapshot.catalog import Catalog
 from snapshot.cli.main import main
 from snapshot.document import parse
+from snapshot.memory import export_memory, import_memory, memory_file_facts
 from snapshot.model import DomainState
+from snapshot.stream import migration_stream
 from tests import oracle
+from tests.live import guest
 from tests.live.guest import short_directory
 from tests.oracle import assert_clean
 from tests.unit.snapshot.samples import EXTERNAL, INTERNAL, OFFLINE
@@ -66,12 +72,16 @@ class Libvirt:
 
 @pytest.fixture
 def libvirt() -> Iterator[Libvirt]:
-    if not list(Path("/").glob(DRIVER[1:])):
-        pytest.fail("libvirt's QEMU driver is missing: apt-get install libvirt-daemon-driver-qemu", pytrace=False)
+    if not list(Path("/").glob(DRIVER[1:])) or shutil.which("virt-ssh-helper") is None:
+        missing = "libvirt-daemon-driver-qemu libvirt-daemon"  # the second has helpers of the first
+        pytest.fail(f"libvirt's QEMU driver is missing: apt-get install {missing}", pytrace=False)
     if os.geteuid() != 0 or oracle.run("unshare", "-m", "mount", "--bind", "/", "/", check=False).returncode != 0:
         pytest.skip("libvirt's QEMU driver needs root and a mount namespace")
     root = short_directory()
     yield Libvirt(root)
+    for pid_file in root.rglob("guest.pid"):  # a guest that a failed test has left
+        with contextlib.suppress(OSError, ValueError):
+            os.kill(int(pid_file.read_text()), signal.SIGKILL)
     shutil.rmtree(root, ignore_errors=True)
 
 
@@ -137,6 +147,51 @@ def test_libvirt_reverts_to_our_snapshot_and_deletes_it(
         assert_clean(disk)
         with qcowlib.open_image(disk) as image:
             assert image.snapshots == []
+
+
+def test_a_running_domain_s_snapshot_by_libvirt_is_read_by_us(
+    libvirt: Libvirt, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """External, with libvirt's kind of memory file: found whole, of one instant with the frozen disks, imported."""
+    disks = guest.make_disks(tmp_path, 2)
+    path = tmp_path / "guest.xml"
+    text = DOMAIN.format(emulator=oracle.tool("qemu-system-x86_64"), a=disks[0], b=disks[1])
+    for number, letter in enumerate("ab", start=1):  # the BIOS shows the guest only disks that it may boot from
+        text = text.replace(f"<target dev='vd{letter}'", f"<boot order='{number}'/><target dev='vd{letter}'")
+    path.write_text(text)
+    memory = tmp_path / "memory"
+    output = libvirt.virsh(
+        f"define {path}",
+        "start guest",
+        *["nodecpustats --percent"] * 3,  # it watches for a second: so long the guest counts
+        f"snapshot-create-as guest theirs --memspec file={memory},snapshot=external"
+        + "".join(f" --diskspec vd{letter},snapshot=external,file={tmp_path}/{letter}.theirs" for letter in "ab"),
+        "snapshot-dumpxml guest theirs",
+        "destroy guest",
+    )
+    directory = Path(f"{path}.snapshots")
+    directory.mkdir()
+    end = "</domainsnapshot>"
+    (directory / "theirs.xml").write_text(output[output.index("<domainsnapshot>") : output.index(end) + len(end)])
+    snapshot = Catalog(directory).get("theirs")
+    assert [(disk.target, disk.file, disk.overlay) for disk in snapshot.disks] == [
+        ("vda", str(disks[0]), f"{tmp_path}/a.theirs"),
+        ("vdb", str(disks[1]), f"{tmp_path}/b.theirs"),
+    ]
+    assert memory.read_bytes()[:16] == b"LibvirtQemudSave"
+    facts = memory_file_facts(memory)
+    assert (facts.complete, facts.machine) == (True, "pc-i440fx-7.2")
+    assert ("pc.ram", 16 << 20) in facts.ram_blocks
+    with open(memory, "rb") as file:
+        stream = migration_stream(file, "memory").read()
+    record = guest.memory_record(io.BytesIO(stream))
+    assert record.n > 0
+    assert guest.torn(record, [guest.disk_counter(disk) for disk in disks]) is None
+    assert main(["info", "theirs", "--check", "--catalog", str(directory)]) == 0, capsys.readouterr().out
+    oracle.qemu_img("snapshot", "-c", "inside", disks[0])
+    import_memory(memory, str(disks[0]), "inside")
+    export_memory(str(disks[0]), "inside", tmp_path / "stream")
+    assert (tmp_path / "stream").read_bytes() == stream
 
 
 def test_a_snapshot_that_libvirt_took_is_read_by_us(
