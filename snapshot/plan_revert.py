@@ -304,7 +304,8 @@ def _restart_steps(request: RevertRequest) -> Iterator[Step]:
 def _start_step(request: RevertRequest) -> Step:
     final = request.socket or ""
     socket = f"{final}.{request.token}" if request.facts.active else final
-    values, sizes = {"qmp": socket}, {}
+    values = {"qmp": socket}
+    sizes: dict[str, int | None] = {}
     chosen = {disk.target: disk for disk in request.chosen}
     for facts in request.facts.disks:
         target, path, image_format = facts.disk.target, facts.disk.path, facts.disk.format
@@ -312,6 +313,8 @@ def _start_step(request: RevertRequest) -> Step:
             path = request.new_layer(chosen[target])
             image_format = "qcow2"
             sizes[path] = chosen[target].virtual_size
+        elif not facts.disk.read_only:
+            sizes[path] = None
         values |= {f"disk:{target}": path, f"format:{target}": image_format}
     memory = request.snapshot.memory
     from_file = memory.mode is MemoryMode.EXTERNAL

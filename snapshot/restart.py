@@ -146,6 +146,13 @@ def _check_machine(qmp: Qmp, arguments: Arguments) -> None:
             raise DomainSnapshotError(f"the command does not open '{path}' as one of its disks")
         if size is not None and found != size:
             raise DomainSnapshotError(f"'{path}' is a disk of {found} bytes, and the snapshot's was of {size}")
+    expected = {os.path.realpath(path) for path in arguments["sizes"]}
+    for device in qmp.execute("query-block"):
+        inserted = device.get("inserted")
+        if inserted is not None and not inserted["ro"] and os.path.realpath(inserted["file"]) not in expected:
+            raise DomainSnapshotError(
+                f"the command opens '{inserted['file']}' for writing, which is no disk of the domain"
+            )
 
 
 def _load(session: Session, qmp: Qmp, process: subprocess.Popen[bytes], arguments: Arguments) -> None:

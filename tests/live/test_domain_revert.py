@@ -1,5 +1,6 @@
 """Going back: memory and disks fit afterwards, and nothing that was reachable is lost."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from snapshot.model import (
 from snapshot.qmp import poll
 from tests import oracle
 from tests.live.rig import MakeRig, Rig, consistent, disk_counter, ram_record, snapshot_counters, snapshot_record
+from tests.live.test_domain_faults import state
 
 pytestmark = pytest.mark.live
 
@@ -189,6 +191,46 @@ def test_memory_file_through_the_start_command(rig: MakeRig, tmp_path: Path, act
     finally:
         domain.qmp.execute("quit")
         domain.close()
+
+
+@pytest.mark.parametrize("what", ["other ram", "other machine", "cut file", "no start", "other disk"])
+def test_a_new_qemu_that_fails_leaves_the_old_one_running(rig: MakeRig, tmp_path: Path, what: str) -> None:
+    guest = rig()
+    domain = guest.start()
+    catalog = Catalog(str(tmp_path / "catalog"))
+    taken = create(domain, catalog, SnapshotRequest("one", default_mode=EXTERNAL))
+    guest.wait_for_ticks(2)
+    before = state(guest, domain, catalog)
+    command = guest.description.command
+    if what == "other ram":
+        command[command.index("-m") + 1] = "8"
+    elif what == "other machine":
+        command[command.index("pc")] = "q35"
+    elif what == "cut file":
+        assert taken.memory.file is not None
+        os.truncate(taken.memory.file, taken.memory.size // 2)
+    elif what == "no start":
+        command.insert(1, "-nonsense")
+    else:
+        guest.description.command = [word.replace("{disk:vdb}", guest.disks[1].path) for word in command]
+        guest.description.command.append("{disk:vdb}")
+    message = {
+        "other ram": "8388608 bytes of RAM, and the memory has 4194304",
+        "other machine": "starts a pc-q35-7.2, and the memory is of a pc-i440fx-7.2",
+        "cut file": "load of migration failed",
+        "no start": "-nonsense: invalid option",
+        "other disk": r"opens '.*/d1.qcow2' for writing, which is no disk of the domain",
+    }[what]
+    with pytest.raises(DomainSnapshotError, match=message):
+        executor.revert(domain, catalog, "one", DISCARD)
+    after = state(guest, domain, catalog)
+    assert [name for name in after.pop("files") if name not in before["files"]] == []
+    del before["files"]
+    assert after == before
+    assert [name for name in os.listdir(catalog.directory) if name.startswith(("operation", "start.pid"))] == []
+    domain.qmp.execute("stop")
+    record = ram_record(domain.qmp, guest.directory)
+    assert consistent(record, [disk_counter(one.disk.path, one.disk.format) for one in domain.facts().disks])
 
 
 def ticks(guest: Rig, mark: int) -> None:
