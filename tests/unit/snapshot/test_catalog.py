@@ -11,7 +11,7 @@ import pytest
 from hypothesis import strategies as st
 
 from snapshot.catalog import Catalog, default_directory
-from snapshot.document import name_problem
+from snapshot.document import build, name_problem, parse
 from snapshot.errors import CatalogError, NoSuchDomainSnapshot
 from snapshot.model import DomainSnapshot
 from tests.unit.snapshot.samples import ALL, DISK_ONLY, EXTERNAL, INTERNAL, OFFLINE
@@ -357,3 +357,25 @@ def test_default_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_directory("guest") == "/home/me/.local/state/domsnap/guest"
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     assert default_directory("..") == "/var/lib/domsnap/%2E."
+
+
+@hypothesis.settings(max_examples=300)
+@hypothesis.given(st.data())
+def test_any_damage_to_a_document_is_an_error_or_a_snapshot(data: Any) -> None:
+    """Bytes, words and elements changed at random: nothing but a ValueError, and what is read can be written."""
+    document = bytearray(data.draw(st.sampled_from([build(snapshot) for snapshot in ALL] + [LIBVIRT])))
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(document) - 1))
+        length = data.draw(st.integers(0, 30))
+        words = [b"", b"external", b"-1", b"0", b"9" * 30, b"<disk/>", b"<domain/>", b"<metadata/>", b"\xff", b"&lt;"]
+        document[at : at + length] = data.draw(st.sampled_from(words) | st.binary(max_size=4))
+    try:
+        snapshot = parse(bytes(document))
+    except ValueError:
+        return
+    assert snapshot.name
+    try:
+        again = build(snapshot, earlier=bytes(document))
+    except ValueError:
+        return
+    assert parse(again).name == snapshot.name
