@@ -80,6 +80,20 @@ class MetadataTransaction:
         self._filled = True
         return self.refcounts.allocate(want, minimum)
 
+    def require_space(self, *runs: int) -> None:
+        """Make sure that runs of that many clusters can be allocated, before an operation writes anything.
+
+        Raises:
+            CorruptMetadata: the refcounts call a cluster free that holds metadata, or cannot be used.
+        """
+        taken = []
+        try:
+            for count in filter(None, runs):
+                taken.append(self.refcounts.allocate(count, count))
+        finally:
+            for first, count in taken:
+                self.refcounts.give_back(first, count)
+
     def allocate_shared(self, cluster: int) -> None:
         """Count one more reference to an allocated cluster (compressed clusters share host clusters)."""
         self.require_usable()

@@ -32,6 +32,7 @@ from qcowlib.image.writable import WritableQcow2Image
 from qcowlib.metadata.reference_counts import ReferenceCounts
 from qcowlib.metadata.references import require_sound_tables
 from qcowlib.metadata.regions import RegionKind
+from qcowlib.metadata.state import Qcow2State
 from qcowlib.metadata.transaction import MetadataTransaction
 from qcowlib.metadata.trees import (
     add_references,
@@ -100,6 +101,9 @@ def create_snapshot(
         disk = state.l1[: state.geometry.l1_entries_for(state.header.size)]
         counts = count_tree(state, disk)
         require_room(transaction.refcounts, counts, 1)
+        transaction.require_space(
+            state.geometry.clusters_for(len(disk) * 8), _table_clusters(state, [*state.snapshots, entry])
+        )
         with transaction.direct_writes():
             l1 = disk & _UNCOPIED
             if vmstate is not None:
@@ -146,6 +150,7 @@ def apply_snapshot(image: BlockImage, snapshot: str | SnapshotEntry) -> None:
         require_room(transaction.refcounts, lost_counts, 0)
         more, less = difference(gained_counts, lost_counts, geometry.refcount_block_bits)
         require_room(transaction.refcounts, more, 1)
+        transaction.require_space(geometry.clusters_for(max(len(wanted), 1) * 8))
         with transaction.direct_writes():
             add_references(transaction.refcounts, more)
             clear_copied(state, transaction.storage, gained.copy())
@@ -178,6 +183,7 @@ def delete_snapshot(image: BlockImage, snapshot: str | SnapshotEntry) -> None:
             first = entry.l1_table_offset >> state.geometry.cluster_bits
             counts.add_run(first, first + state.geometry.clusters_for(entry.l1_size * 8))
         require_room(transaction.refcounts, counts, 0)
+        transaction.require_space(_table_clusters(state, rest))
         with transaction.direct_writes():
             _write_table(transaction, rest)
         transaction.commit()
@@ -318,6 +324,10 @@ def _write_table(transaction: MetadataTransaction, snapshots: list[SnapshotEntry
         old = len(build_snapshot_table(state.snapshots))
         transaction.release(state.header.snapshots_offset >> bits, state.geometry.clusters_for(old))
     transaction.change_header(nb_snapshots=len(snapshots), snapshots_offset=offset)
+
+
+def _table_clusters(state: Qcow2State, snapshots: list[SnapshotEntry]) -> int:
+    return state.geometry.clusters_for(len(build_snapshot_table(snapshots)))
 
 
 def _release_tree(transaction: MetadataTransaction, counts: ReferenceCounts) -> None:

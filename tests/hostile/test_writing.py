@@ -79,6 +79,17 @@ def _active_l1(entry: int) -> Draft:
     return draft
 
 
+def _without_refcount(cluster: int) -> Draft:
+    """Two good snapshots, but the refcounts call a cluster free that holds metadata."""
+    draft = _snapshot(0x70000)
+    draft.refcounts = [1, 1, 1, 1, 3, 3, 1, 1, 1]
+    draft.refcounts[cluster] = 0
+    draft.fields["nb_snapshots"] = 2
+    draft.pieces[0x60000] = snapshot_entry(0x70000, 1) + snapshot_entry(0x80000, 1, number=b"2")
+    draft.pieces[0x80000] = words(0x40000)
+    return draft
+
+
 REFUSED: dict[str, tuple[Callable[[], Draft], str]] = {
     "reserved bits in an L1 entry": (lambda: _l1(0x40000 | COPIED, 5), "create"),
     "unaligned L2 table": (lambda: _l1(0x40200 | COPIED), "create write discard"),
@@ -90,6 +101,8 @@ REFUSED: dict[str, tuple[Callable[[], Draft], str]] = {
     "reserved bits in an L2 entry": (lambda: _l2(0x50000 | COPIED | 1 << 58), "create"),
     "two references, refcount 1": (lambda: _l2(0x50000 | COPIED, 0x50000 | COPIED), "create"),
     "snapshot L1 beyond the end": (lambda: _snapshot(1 << 40), "apply delete"),
+    "refcount 0 of the refcount table": (lambda: _without_refcount(1), "create apply delete"),
+    "refcount 0 of the active L1 table": (lambda: _without_refcount(3), "create apply delete"),
     "snapshot L1 unaligned": (lambda: _snapshot(0x70200), "apply delete"),
     "snapshot L1 too large": (lambda: _snapshot(0x70000, (1 << 32) - 1), "apply delete"),
     "snapshot L1 too small": (lambda: _snapshot(0x70000, 0), "apply"),
