@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Sequence
 from xml.etree.ElementTree import Element, SubElement, register_namespace
 
+from snapshot.libvirt_reading import libvirt_consistency, libvirt_disks, libvirt_memory
 from snapshot.model import (
     Consistency,
     DiskMode,
@@ -24,7 +25,7 @@ from snapshot.model import (
     MemoryMode,
     MemorySnapshot,
 )
-from snapshot.safe_xml import UnsafeXml, attribute_of, parse_xml, require_writable, set_child, text_of, write_xml
+from snapshot.safe_xml import UnsafeXml, parse_xml, require_writable, set_child, text_of, write_xml
 
 NAMESPACE = "urn:qcowlib:domsnap:1"
 _OURS = f"{{{NAMESPACE}}}"
@@ -250,8 +251,8 @@ def parse(data: bytes) -> DomainSnapshot:
     state = _state(text_of(root, "state"))
     seconds = _natural(text_of(root, "creationTime") or "0")
     if own is None:
-        memory, disks, time = _libvirt_memory(root), _libvirt_disks(root, domain), seconds * _NANO
-        consistency = _libvirt_consistency(state, memory)
+        memory, disks, time = libvirt_memory(root), libvirt_disks(root, domain), seconds * _NANO
+        consistency = libvirt_consistency(state, memory)
     else:
         memory, disks = _own_memory(own), tuple(_own_disk(disk) for disk in own.findall(_OURS + "disk"))
         consistency, time = (
@@ -328,50 +329,3 @@ def _natural(text: str) -> int:
     if not 0 <= number < 1 << 63:
         raise ValueError(f"{text} is out of range")
     return number
-
-
-def _libvirt_memory(root: Element) -> MemorySnapshot:
-    file = attribute_of(root, "memory", "file")
-    mode = attribute_of(root, "memory", "snapshot") or ("external" if file is not None else "no")
-    return MemorySnapshot(MemoryMode(mode), file=file)
-
-
-def _libvirt_disks(root: Element, domain: Element | None) -> tuple[DiskSnapshot, ...]:
-    """libvirt's <source> names the overlay; the frozen file is the one that the domain had at that time."""
-    name = text_of(root, "name")
-    at_the_time = (
-        {} if domain is None else {attribute_of(d, "target", "dev"): d for d in domain.findall("devices/disk")}
-    )
-    disks = []
-    for element in root.findall("disks/disk"):
-        target = element.get("name", "")
-        overlay = attribute_of(element, "source", "file") or attribute_of(element, "source", "dev")
-        has_source = element.find("source") is not None
-        mode = _libvirt_mode(element.get("snapshot") or ("external" if has_source else "no"))
-        device = at_the_time.get(target)
-        disks.append(
-            DiskSnapshot(
-                target=target,
-                mode=mode,
-                file="" if device is None else _source_file(device),
-                format=("" if device is None else attribute_of(device, "driver", "type")) or "",
-                overlay=overlay if mode is DiskMode.EXTERNAL else None,
-                internal_name=name if mode is DiskMode.INTERNAL else None,
-            )
-        )
-    return tuple(disks)
-
-
-def _libvirt_mode(text: str) -> DiskMode:
-    return DiskMode.NO if text == "manual" else DiskMode(text)  # manual: somebody else's business
-
-
-def _source_file(device: Element) -> str:
-    return attribute_of(device, "source", "file") or attribute_of(device, "source", "dev") or ""
-
-
-def _libvirt_consistency(state: DomainState, memory: MemorySnapshot) -> Consistency:
-    if memory.mode is not MemoryMode.NO:
-        return Consistency.CHECKPOINT
-    # libvirt does not record whether the file systems were frozen: of the two, the weaker is certain.
-    return Consistency.CLEAN if state is DomainState.SHUTOFF else Consistency.CRASH_CONSISTENT
