@@ -17,32 +17,18 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import qcowlib
 from snapshot.domain import ActiveDomain, InactiveDomain, open_domain
 from snapshot.model import Disk, DomainSnapshot
 from snapshot.qmp import Qmp
 from tests import oracle
+from tests.live import guest
+from tests.live.guest import boot_sector
 
 DEADLINE = 60.0
 # "B" at the start, "T" after an increment, and the counter; "!" and "E" are complaints.
 _LINE = re.compile(r"[BT]?[0-9A-F]{0,8}")
 RECORD = 0x8000
-# The source is in the notes of the project; see fixtures/.
-BOOT_SECTOR = (
-    bytes.fromhex(
-        "ea057c0000fa31c08ed88ec08ed0bc007cfbfcbafb03b083eebaf803b001ee42b000eebafb03b003ee833e677d00740e"
-        "b034e643a0677de640a0687de640bf0080b9000131c0f3ab66c706008051435431b380e8b90066813e00825143543175"
-        "0866a1048266a30480b042e8c400e85700b380e8990066a10482663b0604807411b021e8b80066a10482e8c000b020e8"
-        "ac00e8280075dc66c70608800000000066ff060480e82000b054e885008a0e667d84c974bcfbf4fec975faebb4fec388"
-        "d82c803a067504c3b380660fb6c32c8066a3088066c706747d01000000c706707d0080e8240066a104806683e03f6640"
-        "66c1e00766a3747de80f00e8bfff75ca66c7060880ff000000c3b80043eb1266c706747d01000000c706707d0082b800"
-        "4288dabe6c7d53cd135b7305b045e80d00c3e8090066a10480e81100b00a50bafd03eca82074fb58baf803eec36689c7"
-        "b9080066c1c70489f8240f3c0a1c692fe8dbffe2eec30200008d7400100001000080000001000000"
-    ).ljust(510, b"\0")
-    + b"\x55\xaa"
-)
 
 
 @dataclass
@@ -85,13 +71,12 @@ class Rig:
         self.processes: list[subprocess.Popen[bytes]] = []
         self.socket = str(directory / "q")
         self.serial = directory / "serial"
-        boot = bytearray(BOOT_SECTOR)
-        boot[0x166] = period
+        boot = boot_sector(period=period)
         disks = []
         for number, image_format in enumerate(formats or ("qcow2", "qcow2")):
             path = directory / f"d{number}.{image_format}"
             raw = directory / "boot.raw"
-            raw.write_bytes(bytes(boot))
+            raw.write_bytes(boot)
             os.truncate(raw, size)
             extra = ("-o", options) if options and image_format == "qcow2" else ()
             oracle.qemu_img("convert", "-f", "raw", "-O", image_format, *extra, raw, path)
@@ -197,33 +182,14 @@ def _filled(argument: str, values: dict[str, str]) -> str:
     return argument
 
 
-def memory_record(stream: bytes) -> tuple[int, int]:
-    """(n, phase) from a migration stream: the last time that the page at 0x8000 was sent."""
-    found = -1
-    for flags in (0x08, 0x28):
-        found = max(found, stream.rfind(struct.pack(">Q", RECORD | flags) + b"QCT1"))
-    assert found >= 0, "no record in the stream"
-    n, phase = struct.unpack_from("<II", stream, found + 12)
-    return int(n), int(phase)
-
-
 def disk_counter(path: str, image_format: str, snapshot: str | None = None) -> int:
     """The counter on a disk, or on a snapshot of it."""
-    with qcowlib.open_image(path, format=image_format, policy=qcowlib.LocalFiles(), force_share=True) as image:
-        view: Any = image if snapshot is None else image.open_snapshot(snapshot)
-        data = view.read(512, 12)
-    assert data[:4] == b"QCT1", data
-    return int(struct.unpack_from("<I", data, 4)[0])
+    return guest.disk_counter(path, snapshot=snapshot, format=image_format)
 
 
 def consistent(record: tuple[int, int], counters: list[int]) -> bool:
     """Whether memory and disks are of one instant."""
-    n, phase = record
-    for number, counter in enumerate(counters):
-        allowed = {n} if number < phase else {n - 1, n} if number == phase else {n - 1}
-        if counter not in allowed:
-            return False
-    return True
+    return guest.torn(guest.MemoryRecord(*record), counters) is None
 
 
 def snapshot_counters(snapshot: DomainSnapshot) -> list[int]:
@@ -237,10 +203,10 @@ def snapshot_record(snapshot: DomainSnapshot) -> tuple[int, int]:
     """(n, phase) of the memory in a snapshot."""
     assert snapshot.memory.file is not None
     if snapshot.memory.mode.value == "external":
-        return memory_record(Path(snapshot.memory.file).read_bytes())
-    with qcowlib.open_image(snapshot.memory.file, policy=qcowlib.LocalFiles(), force_share=True) as image:
-        state: Any = image.open_snapshot(snapshot.name).vmstate
-        return memory_record(state.read(0, state.size))
+        found = guest.memory_of_file(snapshot.memory.file)
+    else:
+        found = guest.memory_of_vmstate(snapshot.memory.file, snapshot.name)
+    return found.n, found.phase
 
 
 def ram_record(qmp: Qmp, directory: Path) -> tuple[int, int]:

@@ -198,6 +198,28 @@ def test_a_signal_at_each_step(rig: MakeRig, tmp_path: Path, kind: str) -> None:
     assert not guest.complaints()
 
 
+@pytest.mark.parametrize("liveness", Liveness)
+def test_a_signal_in_the_middle_of_the_memory(rig: MakeRig, tmp_path: Path, liveness: Liveness) -> None:
+    guest = rig(memory=512)
+    domain = guest.start()
+    catalog = Catalog(str(tmp_path / "catalog"))
+    executor.create(domain, catalog, SnapshotRequest("before", disk_only=True))
+    before = state(guest, domain, catalog)
+    sent: list[int] = []
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what == "memory" and total > 1000 and not sent:
+            sent.append(done)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        executor.create(domain, catalog, SnapshotRequest("f", disks=MIXED, liveness=liveness), progress=progress)
+    assert sent
+    assert state(guest, domain, catalog) == before
+    guest.wait_for_ticks(3)
+    assert not guest.complaints()
+
+
 @kinds("paused")
 def test_the_connection_breaks_at_each_step(rig: MakeRig, tmp_path: Path, kind: str) -> None:
     guest, domain, catalog = prepared(rig, tmp_path)
