@@ -309,7 +309,8 @@ class InactiveDomain:
         disks = []
         for disk in self.description.disks:
             path = os.path.abspath((layers or {}).get(disk.target, disk.path))
-            disks.append(image_facts(disk if path == disk.path else replace(disk, path=path, format="qcow2")))
+            moved = path != os.path.abspath(disk.path)  # to an overlay, and these are always qcow2
+            disks.append(image_facts(replace(disk, path=path, format="qcow2" if moved else disk.format)))
         return DomainFacts(self.name, False, tuple(disks), agent_socket=self.description.agent_socket)
 
     def close(self) -> None:

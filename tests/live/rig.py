@@ -7,6 +7,7 @@ exactly when each disk's counter is n (its number below the phase), n - 1 (above
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -169,11 +170,15 @@ class Rig:
         self.process.wait(DEADLINE)
 
     def close(self) -> None:
-        """End what is left."""
+        """End what is left, and what the engine has started with this domain's command."""
         for process in self.processes:
             if process.poll() is None:
                 process.kill()
             process.wait(DEADLINE)
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):
+                if entry.name.isdigit() and f"unix:{self.socket}".encode() in (entry / "cmdline").read_bytes():
+                    os.kill(int(entry.name), signal.SIGKILL)
 
 
 def _filled(argument: str, values: dict[str, str]) -> str:
