@@ -5,6 +5,9 @@ from __future__ import annotations
 from qcowlib.errors import CorruptMetadata
 from qcowlib.storage.protocol import ReadStorage
 
+# No file reaches further, and no system call takes a larger offset: 64-bit fields of an image can say one.
+_MAX_OFFSET = (1 << 63) - 1
+
 
 def read_exact(storage: ReadStorage, offset: int, length: int, structure: str) -> bytes:
     """Exactly `length` bytes at `offset`.
@@ -19,7 +22,7 @@ def read_exact(storage: ReadStorage, offset: int, length: int, structure: str) -
         CorruptMetadata: the file ends inside the range.
         StorageError: the host file could not be read.
     """
-    data = storage.pread(length, offset)
+    data = storage.pread(length, offset) if offset + length <= _MAX_OFFSET else b""
     if len(data) != length:
         raise CorruptMetadata(structure, offset, "lies beyond the end of the file")
     return data
@@ -30,6 +33,6 @@ def read_padded(storage: ReadStorage, offset: int, length: int) -> bytes:
 
     QEMU reads guest data this way: the last cluster of an image file may be cut where only zeroes followed.
     """
-    data = storage.pread(length, offset)
+    data = storage.pread(length, offset) if offset + length <= _MAX_OFFSET else b""
     missing = length - len(data)
     return data + bytes(missing) if missing else data

@@ -36,6 +36,10 @@ def _write(image: qcowlib.WritableQcow2Image) -> None:
     image.write(0, b"written")
 
 
+def _write_clusters(image: qcowlib.WritableQcow2Image) -> None:
+    image.write(0, bytes(1 << 17))
+
+
 def _write_last(image: qcowlib.WritableQcow2Image) -> None:
     image.write(image.size - 512, bytes(512))
 
@@ -45,8 +49,8 @@ def _discard(image: qcowlib.WritableQcow2Image) -> None:
 
 
 OPERATIONS = {
-    "create": _create, "apply": _apply, "delete": _delete, "write": _write, "write-last": _write_last,
-    "discard": _discard,
+    "create": _create, "apply": _apply, "delete": _delete, "write": _write, "discard": _discard,
+    "write-clusters": _write_clusters, "write-last": _write_last,
 }  # fmt: skip
 
 
@@ -95,8 +99,8 @@ REFUSED: dict[str, tuple[Callable[[], Draft], str]] = {
     "unaligned L2 table": (lambda: _l1(0x40200 | COPIED), "create write discard"),
     "L2 table beyond the end": (lambda: _l1(1 << 40 | COPIED), "create write discard"),
     "L2 table is the refcount block": (lambda: _l1(0x20000 | COPIED), "write discard"),
-    "cluster beyond the end": (lambda: _l2(1 << 40 | COPIED), "write discard"),
-    "cluster is the L1 table": (lambda: _l2(0x30000 | COPIED), "write discard"),
+    "cluster beyond the end": (lambda: _l2(1 << 40 | COPIED), "write write-clusters discard"),
+    "cluster is the L1 table": (lambda: _l2(0x30000 | COPIED), "write write-clusters discard"),
     "cluster is the header": (lambda: _l2(0x10000 | COPIED), "write discard"),
     "reserved bits in an L2 entry": (lambda: _l2(0x50000 | COPIED | 1 << 58), "create"),
     "two references, refcount 1": (lambda: _l2(0x50000 | COPIED, 0x50000 | COPIED), "create"),
