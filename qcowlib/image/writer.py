@@ -326,10 +326,11 @@ class ClusterWriter:
         kinds = classify_many(entries, self._geometry.extended_l2, False)
         bits = self._geometry.cluster_bits
         placed = (kinds == ClusterType.NORMAL) | (kinds == ClusterType.ZERO_ALLOC)
-        if placed.any():
+        copied = flagged(entries, OFLAG_COPIED)
+        for chosen, shared in ((placed & copied, False), (placed & ~copied, True)):
             # In guest order, not sorted: an entry may occur twice in a damaged image, and each counts.
-            for first, count in cluster_runs(offsets(entries[placed]) >> bits):
-                self._transaction.release(first, count)
+            for first, count in cluster_runs(offsets(entries[chosen]) >> bits):
+                self._transaction.release(first, count, shared=shared)
         compressed = kinds == ClusterType.COMPRESSED
         if compressed.any():
             start, length = compressed_locations(entries[compressed], bits)

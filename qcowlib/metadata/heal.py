@@ -28,6 +28,7 @@ from qcowlib.format.features import Incompatible
 from qcowlib.format.header import Header
 from qcowlib.format.refcount_block import RefcountArray, encode_refcounts
 from qcowlib.metadata.census import Census, census
+from qcowlib.metadata.comparison import Comparison
 from qcowlib.metadata.copied_flags import Ones, wrong_l1_entries, wrong_l2_tables
 from qcowlib.metadata.state import Qcow2State
 from qcowlib.metadata.stored_refcounts import StoredRefcounts
@@ -56,18 +57,52 @@ def heal(state: Qcow2State, storage: Storage) -> CheckReport:
         StorageError: the host file failed; what was written so far does no harm.
     """
     found = census(state)
-    _require_healable(found)
+    require_countable(found, "healed")
     return _Healing(state.header, storage, found).run()
 
 
-def _require_healable(found: Census) -> None:
+def require_countable(found: Census, purpose: str) -> None:
+    """Refuse an image of which it cannot be told what its clusters hold.
+
+    Args:
+        found: the census.
+        purpose: what is not done to the refcounts then, for the message ("healed").
+
+    Raises:
+        CorruptMetadata: the mapping or the refcount structure is damaged.
+        ImageStateError: the image is too large to be counted.
+    """
     if found.stopped is not None:
-        raise ImageStateError(f"the image was not closed cleanly, and cannot be checked: {found.stopped}")
+        raise ImageStateError(
+            f"the image cannot be checked, so that the refcounts cannot be {purpose}: {found.stopped}"
+        )
     if found.mapping_damaged or found.refcounts_damaged:
         texts = [finding.text.partition("\n")[0] for finding in found.findings]
         texts += [f"cluster {cluster} holds {first} and {second}" for cluster, first, second in found.overlaps]
         structure = "mapping" if found.mapping_damaged else "refcount structure"
-        raise CorruptMetadata(structure, None, f"is damaged, so that the refcounts cannot be healed: {texts[0]}")
+        raise CorruptMetadata(structure, None, f"is damaged, so that the refcounts cannot be {purpose}: {texts[0]}")
+
+
+def require_enough_refcounts(state: Qcow2State) -> None:
+    """Make sure that no refcount is lower than the references to its cluster, before anything is freed.
+
+    Else the cluster of one snapshot is freed with another that shares it.
+
+    Args:
+        state: the image's metadata, of which nothing is pending.
+
+    Raises:
+        CorruptMetadata: a refcount is too low, or the image is damaged otherwise; it needs a repair.
+        ImageStateError: the image is too large to be counted.
+    """
+    found = census(state)
+    require_countable(found, "lowered")
+    for rows in Comparison(found, state.geometry).differences():
+        low = np.flatnonzero(rows.stored < rows.expected)
+        if len(low):
+            cluster, stored, expected = (int(column[low[0]]) for column in (rows.clusters, rows.stored, rows.expected))
+            rule = f"refcount {stored} of a cluster with {expected} references; the image needs a repair"
+            raise CorruptMetadata("refcount block", cluster << state.geometry.cluster_bits, rule)
 
 
 @dataclass(frozen=True)

@@ -140,11 +140,20 @@ class RefcountStructure:
                 raise FormatError("refcount block", self._offset(block_index), self._overflow_text())
             block[inside] += more
 
-    def subtract(self, first: int, counts: RefcountArray | int, length: int | None = None) -> None:
+    def subtract(
+        self, first: int, counts: RefcountArray | int, length: int | None = None, *, shared: bool = False
+    ) -> None:
         """Lower the refcounts of consecutive clusters, as `add` raises them; only in phase RELEASE.
 
         A refcount that is too low for it stays at 0: it was wrong before. So was one that would give up the header,
         the refcount structure or the active L1 table: it is left as it is, a leak at worst.
+
+        Args:
+            first: the first cluster.
+            counts: how much for each cluster, or one number for `length` clusters.
+            length: number of clusters when `counts` is a number.
+            shared: the reference that is gone said that there are others (COPIED clear). A refcount that says that
+                there are none is as likely to be the wrong one of the two: 1 stays.
         """
         for block_index, inside, at in self._pieces(first, length if length is not None else np.size(counts)):
             if self._block(block_index) is None:
@@ -154,7 +163,8 @@ class RefcountStructure:
             here, start = block[inside], (block_index << self._bits) + inside.start
             fixed = self._regions.fixed(start, start + len(here)) - start
             kept = here[fixed]
-            here -= np.minimum(here, less)
+            least = here.dtype.type(1 if shared else 0)
+            here -= np.minimum(here - np.minimum(here, least), less)
             here[fixed] = np.where(here[fixed] == 0, kept, here[fixed])
             freed = here == 0
             if freed.any():

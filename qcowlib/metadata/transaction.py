@@ -63,7 +63,7 @@ class MetadataTransaction:
         self._l1_changed: set[int] = set()
         self._l1_fresh = False
         self._header_changes: dict[str, Any] = {}
-        self._released: list[tuple[int, int, bool]] = []
+        self._released: list[tuple[int, int, bool]] = []  # (first cluster, clusters, shared)
         self._filled = False
         self._marked_dirty = False
         self.releases = 0
@@ -100,15 +100,17 @@ class MetadataTransaction:
         self._filled = True
         self.refcounts.add(cluster, 1, 1)
 
-    def release(self, first: int, count: int = 1, *, discard: bool = True) -> None:
+    def release(self, first: int, count: int = 1, *, shared: bool = False) -> None:
         """One reference to each of these clusters is gone with LINK; lower their refcounts in RELEASE.
+
+        The host space of those that nothing refers to any more is given back.
 
         Args:
             first: first host cluster.
             count: consecutive clusters.
-            discard: give the host space of those back that nothing refers to any more.
+            shared: the reference had COPIED clear: it was not the only one.
         """
-        self._released.append((first, count, discard))
+        self._released.append((first, count, shared))
 
     def give_back(self, first: int, count: int) -> None:
         """Undo an allocation whose data the host did not take; its space may be what the commit needs."""
@@ -131,7 +133,7 @@ class MetadataTransaction:
         copy = self._new_table(l1_index, table.words)
         copy.damaged = table.damaged
         state.regions.remove(table.host_offset, state.geometry.cluster_size)
-        self.release(table.host_offset >> state.geometry.cluster_bits)
+        self.release(table.host_offset >> state.geometry.cluster_bits, shared=True)
         return copy
 
     def table_changed(self, table: L2Table, first: int, last: int) -> None:
@@ -310,13 +312,12 @@ class MetadataTransaction:
         released, self._released = self._released, []
         self.releases += 1
         bits = self.state.geometry.cluster_bits
-        for first, count, _ in released:
-            self.refcounts.subtract(first, 1, count)
+        for first, count, shared in released:
+            self.refcounts.subtract(first, 1, count, shared=shared)
         self.refcounts.write_blocks()
-        for first, count, discard in released:
-            if discard:
-                for start, length in _zero_runs(self.refcounts.window(first, count) == 0):
-                    self.storage.discard(first + start << bits, length << bits)
+        for first, count, _ in released:
+            for start, length in _zero_runs(self.refcounts.window(first, count) == 0):
+                self.storage.discard(first + start << bits, length << bits)
         self.refcounts.rescan()
 
 

@@ -52,12 +52,12 @@ def count_tree(state: Qcow2State, l1: Entries) -> ReferenceCounts:
     return counts
 
 
-def require_room(refcounts: RefcountStructure, counts: ReferenceCounts, more: int) -> None:
-    """Make sure that the stored refcounts can be changed by `counts`, before anything is written.
+def require_room(refcounts: RefcountStructure, counts: ReferenceCounts) -> None:
+    """Make sure that the stored refcounts can be raised by `counts`, before anything is written.
 
     Args:
+        refcounts: the refcount structure.
         counts: references of an existing tree: no stored refcount may be lower.
-        more: 1 when as many references again are to be added, 0 when these are to be removed.
 
     Raises:
         CorruptMetadata: a stored refcount is lower than the number of references.
@@ -72,7 +72,7 @@ def require_room(refcounts: RefcountStructure, counts: ReferenceCounts, more: in
             cluster = first + int(low[0])
             rule = f"refcount {stored[low[0]]} of a cluster with {counted[low[0]]} references; the image needs a repair"
             raise CorruptMetadata("refcount block", cluster << refcounts.cluster_bits, rule)
-        if more and (stored.dtype.type(limit) - stored < counted).any():
+        if (stored.dtype.type(limit) - stored < counted).any():
             raise SnapshotError(
                 f"a refcount width of {refcounts.width} bits cannot hold another reference to the clusters in use"
             )

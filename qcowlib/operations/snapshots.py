@@ -29,8 +29,8 @@ from qcowlib.format.snapshot_table import SnapshotEntry, build_snapshot_table
 from qcowlib.image.interface import BlockImage
 from qcowlib.image.qcow2 import find_snapshot
 from qcowlib.image.writable import WritableQcow2Image
+from qcowlib.metadata.heal import require_enough_refcounts
 from qcowlib.metadata.reference_counts import ReferenceCounts
-from qcowlib.metadata.references import require_sound_tables
 from qcowlib.metadata.regions import RegionKind
 from qcowlib.metadata.state import Qcow2State
 from qcowlib.metadata.transaction import MetadataTransaction
@@ -100,7 +100,7 @@ def create_snapshot(
         # What lies behind the disk is the vm state of a snapshot that was applied once: not this snapshot's.
         disk = state.l1[: state.geometry.l1_entries_for(state.header.size)]
         counts = count_tree(state, disk)
-        require_room(transaction.refcounts, counts, 1)
+        require_room(transaction.refcounts, counts)
         transaction.require_space(
             state.geometry.clusters_for(len(disk) * 8), _table_clusters(state, [*state.snapshots, entry])
         )
@@ -128,7 +128,8 @@ def apply_snapshot(image: BlockImage, snapshot: str | SnapshotEntry) -> None:
     Raises:
         NoSuchSnapshot: there is none.
         SnapshotError: the image has bitmaps, which would no longer describe what changed (QEMU refuses as well).
-        CorruptMetadata: one of the two mappings is damaged. In all cases nothing was changed.
+        CorruptMetadata: a mapping is damaged, or a refcount too low: it cannot be told what to free. In all cases
+            nothing was changed.
     """
     with _session(image) as (target, transaction):
         state, geometry = target.state, target.state.geometry
@@ -141,15 +142,14 @@ def apply_snapshot(image: BlockImage, snapshot: str | SnapshotEntry) -> None:
         if len(saved) < entries:
             rule = f"its {len(saved)} entries are too few for a disk of {size} bytes"
             raise CorruptMetadata("snapshot L1 table", entry.l1_table_offset, rule)
+        require_enough_refcounts(state)
         wanted = saved & _UNCOPIED
         # An L1 entry that both have keeps its number of references: the tree under it is left alone.
         same = _common(state.l1, wanted)
         gained, lost = _without(wanted, same), _without(state.l1, same)
         gained_counts, lost_counts = count_tree(state, gained), count_tree(state, lost)
-        require_room(transaction.refcounts, gained_counts, 0)
-        require_room(transaction.refcounts, lost_counts, 0)
         more, less = difference(gained_counts, lost_counts, geometry.refcount_block_bits)
-        require_room(transaction.refcounts, more, 1)
+        require_room(transaction.refcounts, more)
         transaction.require_space(geometry.clusters_for(max(len(wanted), 1) * 8))
         with transaction.direct_writes():
             add_references(transaction.refcounts, more)
@@ -170,19 +170,19 @@ def delete_snapshot(image: BlockImage, snapshot: str | SnapshotEntry) -> None:
 
     Raises:
         NoSuchSnapshot: there is none.
-        CorruptMetadata: its mapping is damaged, so that it cannot be told what to free. Nothing was changed.
+        CorruptMetadata: a mapping is damaged, or a refcount too low: it cannot be told what to free. Nothing was
+            changed.
     """
     with _session(image) as (target, transaction):
         state = target.state
         entry = _find(target, snapshot)
         rest = [other for other in state.snapshots if other is not entry]
         l1 = state.snapshot_mapping(entry).l1
-        require_sound_tables(state.storage, state.geometry, state.l1)  # its COPIED bits are set at the end
+        require_enough_refcounts(state)
         counts = count_tree(state, l1)
         if entry.l1_size:
             first = entry.l1_table_offset >> state.geometry.cluster_bits
             counts.add_run(first, first + state.geometry.clusters_for(entry.l1_size * 8))
-        require_room(transaction.refcounts, counts, 0)
         transaction.require_space(_table_clusters(state, rest))
         with transaction.direct_writes():
             _write_table(transaction, rest)
@@ -219,8 +219,9 @@ def attach_vmstate(image: BlockImage, snapshot: str | SnapshotEntry, vmstate: By
         # QEMU leaves the tables of an earlier vm state in the active layer, and so in the snapshots taken from it.
         leftover = old.copy()
         leftover[: len(disk)] = 0
+        if leftover.any():
+            require_enough_refcounts(state)
         counts = count_tree(state, leftover)
-        require_room(transaction.refcounts, counts, 0)
         with transaction.direct_writes():
             extra, length = store_vmstate(transaction, vmstate, size, target.store)
             l1 = np.concatenate((disk, extra))

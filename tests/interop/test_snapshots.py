@@ -282,3 +282,40 @@ def test_raw_and_read_only_images_are_refused(tmp_path: Path) -> None:
         pytest.raises(qcowlib.SnapshotError, match="raw image"),
     ):
         qcowlib.apply_snapshot(image, "a")
+
+
+def shared_cluster_with_refcount_one(path: Path) -> Path:
+    """An image whose active layer and snapshots share clusters, one of which has refcount 1 on disk."""
+    create(path, "cluster_size=4k")
+    qemu_io(path, "write -P 1 0 64k")
+    for name in ("a", "b"):
+        qemu_img("snapshot", "-c", name, path)
+    with qcowlib.open_image(path) as image:
+        host = image.state.mapping.lookup(8 * KIB)[1]
+        block = int.from_bytes(image.state.storage.pread(8, image.header.refcount_table_offset), "big")
+    with open(path, "r+b") as file:
+        file.seek(block + (host >> 12) * 2)
+        file.write((1).to_bytes(2, "big"))
+    return path
+
+
+def test_nothing_is_freed_while_a_refcount_is_too_low(tmp_path: Path) -> None:
+    path = shared_cluster_with_refcount_one(tmp_path / "disk.qcow2")
+    before = digest(path)
+    for operation in (qcowlib.delete_snapshot, qcowlib.apply_snapshot):
+        with (
+            qcowlib.open_image(path, writable=True) as image,
+            pytest.raises(qcowlib.CorruptMetadata, match="refcount 1 of a cluster with"),
+        ):
+            operation(image, "a")
+        assert digest(path) == before
+
+
+def test_a_write_does_not_free_what_its_entry_calls_shared(tmp_path: Path) -> None:
+    path = shared_cluster_with_refcount_one(tmp_path / "disk.qcow2")
+    with qcowlib.open_image(path, writable=True) as image:
+        image.write(0, b"\x02" * 64 * KIB)
+        image.flush()
+        image.write(64 * KIB, b"\x03" * 256 * KIB)  # would take the freed cluster
+    for number in ("1", "2"):
+        assert guest_bytes(path, number)[: 64 * KIB] == b"\x01" * 64 * KIB
