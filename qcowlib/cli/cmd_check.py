@@ -56,6 +56,7 @@ def run(arguments: Arguments) -> int:
         raise CommandFailed("repair is not available yet; nothing was changed")
     name = image_name(arguments, filename)
     with open_image_name_for_check(name, force_share=arguments.has("force-share")) as image:
+        from qcowlib.findings import Severity
         from qcowlib.image.qcow2 import Qcow2Image
         from qcowlib.operations.check import check
 
@@ -64,10 +65,14 @@ def run(arguments: Arguments) -> int:
             return NO_CHECK
         found = check(image)
     # The findings go to stderr in both forms, as qemu-img has it; scripts read the JSON from stdout.
-    for finding in found.findings:
+    told = found.findings
+    reason = found.stopped
+    if reason is not None and told and told[-1].severity is Severity.CHECK_ERROR:
+        told, reason = told[:-1], told[-1].text.removeprefix("ERROR ")  # what could not be looked at, in one line
+    for finding in told:
         print(finding.text, file=sys.stderr)
-    if found.stopped is not None:
-        report(f"Check failed: {found.stopped}")
+    if reason is not None:
+        report(f"Check failed: {reason}")
         return FAILED
     if not arguments.has("quiet"):
         if as_json:

@@ -277,6 +277,16 @@ _PLAIN_FIELDS = (
 )
 
 
+def header_span(start: bytes) -> int:
+    """Bytes from the start of the file that `parse_header` needs to see.
+
+    Args:
+        start: the first bytes of the file, at least 512 where it is that long.
+    """
+    cluster_bits = int.from_bytes(start[20:24], "big")
+    return 1 << cluster_bits if k.MIN_CLUSTER_BITS <= cluster_bits <= k.MAX_CLUSTER_BITS else len(start)
+
+
 def parse_header(data: bytes, file_size: int | None = None, *, for_check: bool = False) -> Header:
     """The header that a file starts with.
 

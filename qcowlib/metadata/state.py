@@ -13,9 +13,9 @@ import numpy.typing as npt
 from qcowlib.addresses import Geometry
 from qcowlib.errors import CorruptMetadata
 from qcowlib.format.bitmap_directory import BitmapEntry, parse_bitmap_directory
-from qcowlib.format.constants import MAX_CLUSTER_SIZE, MAX_L1_SIZE
+from qcowlib.format.constants import MAX_L1_SIZE
 from qcowlib.format.entries import ENTRY_DTYPE, REFCOUNT_TABLE_OFFSET_MASK, Entries, Int64Array, offsets
-from qcowlib.format.header import Header, parse_header
+from qcowlib.format.header import Header, header_span, parse_header
 from qcowlib.format.refcount_block import decode_refcounts
 from qcowlib.format.snapshot_table import SnapshotEntry, parse_snapshot_table
 from qcowlib.metadata.mapping import ClusterMapping
@@ -23,6 +23,8 @@ from qcowlib.metadata.regions import MetadataRegions, RegionKind
 from qcowlib.metadata.tables import EntryRules, TableCache
 from qcowlib.storage.helpers import read_exact, read_padded
 from qcowlib.storage.protocol import ReadStorage
+
+_SECTOR = 512
 
 
 class Qcow2State:
@@ -172,7 +174,9 @@ def load_state(storage: ReadStorage, data_storage: ReadStorage | None = None, *,
     Raises:
         FormatError: the header is not valid.
     """
-    data = storage.pread(MAX_CLUSTER_SIZE, 0)
+    # No more than is needed: on some file systems what was read once stops being a hole of the host file.
+    start = storage.pread(_SECTOR, 0)
+    data = storage.pread(header_span(start), 0)
     return Qcow2State(storage, parse_header(data, storage.size(), for_check=for_check), data_storage)
 
 
