@@ -12,6 +12,7 @@ import asyncio
 import atexit
 import concurrent.futures
 import contextlib
+import errno
 import logging
 import os
 import threading
@@ -129,18 +130,19 @@ class Qmp:
                 self._run(self._client.connect(self.path), "connect", left)
                 return
             except QmpTimeout:
-                raise SocketTaken(
-                    f"the QMP socket '{self.path}' accepts but does not greet: another client (libvirt, a second "
-                    f"domsnap) holds it; waited {wait:g} s"
-                ) from None
+                raise self._taken(wait) from None
             except QemuLost as error:
-                # A full backlog of waiting clients refuses for a moment.
-                busy = isinstance(error.__cause__, ConnectError) and isinstance(
-                    error.__cause__.__cause__, BlockingIOError
-                )
-                if not busy or time.monotonic() > end:
+                if not _backlog_full(error):
                     raise
+                if time.monotonic() > end:
+                    raise self._taken(wait) from None
                 time.sleep(0.1)
+
+    def _taken(self, wait: float) -> SocketTaken:
+        return SocketTaken(
+            f"the QMP socket '{self.path}' accepts but does not greet: another client (libvirt, a second domsnap) "
+            f"holds it; waited {wait:g} s"
+        )
 
     def _run(self, work: Coroutine[Any, Any, _T], command: str, deadline: float | None) -> _T:
         seconds = self.deadline if deadline is None else deadline
@@ -169,6 +171,15 @@ class Qmp:
         self._thread.join(10)
         if not self._thread.is_alive():
             self._loop.close()
+
+
+def _backlog_full(error: QemuLost) -> bool:
+    """Whether so many clients wait at the socket already that the host would not let another one queue.
+
+    asyncio takes the refusal (EAGAIN) for a connection in the making; the first read on it then says EINVAL or ENOTCONN.
+    """
+    cause = error.__cause__.__cause__ if isinstance(error.__cause__, ConnectError) else None
+    return isinstance(cause, OSError) and cause.errno in (errno.EAGAIN, errno.EINVAL, errno.ENOTCONN)
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 SECTOR_SIZE = 512
 _DECRYPT_PIECE = 1 << 20
 _CLUSTER_CACHE_BYTES = 4 << 20
+_LOOK_AHEAD = 64  # clusters that are looked up one by one for a read in one piece
 
 _DATA = int(ExtentKind.DATA)
 _ZERO = int(ExtentKind.ZERO)
@@ -137,9 +138,12 @@ class MappedLayer(ReadableImage):
 
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes at guest offset `offset` (see `ReadableImage.read`)."""
-        # The whole work of a random read: one look-up, one read. Everything else goes the general way.
+        # The whole work of a random read: one look-up, one read. So is that of a longer one whose clusters follow each
+        # other in the file. Everything else goes the general way.
         if offset >= 0 and 0 < length <= self.size - offset and self.cipher is None:
             kind, host, run = self.mapping.lookup(self._base + offset)
+            if run < length <= _LOOK_AHEAD * self.cluster_size and kind == _DATA:
+                run = self._data_run(offset, host, run, length)
             if length <= run:
                 if kind == _DATA:
                     data = self.state.data_storage.pread(length, host)
@@ -149,6 +153,15 @@ class MappedLayer(ReadableImage):
                 if kind == _UNALLOCATED and self._backing is not None and offset + length <= self._backing.size:
                     return self._backing.read(offset, length)
         return super().read(offset, length)
+
+    def _data_run(self, offset: int, host: int, run: int, length: int) -> int:
+        """Guest bytes from `offset` on, `length` at most, that lie together at `host`; `run` of them are known to."""
+        while run < length:
+            kind, next_host, more = self.mapping.lookup(self._base + offset + run)
+            if kind != _DATA or next_host != host + run:
+                break
+            run += more
+        return run
 
     def _read_encrypted(self, cipher: ClusterCipher, guest: int, host: int, view: memoryview) -> None:
         """Decrypt whole sectors, a piece at a time. Bytes that are not in the file cannot be decrypted to anything."""
