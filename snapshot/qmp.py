@@ -176,7 +176,7 @@ class Qmp:
 def _backlog_full(error: QemuLost) -> bool:
     """Whether so many clients wait at the socket already that the host would not let another one queue.
 
-    asyncio takes the refusal (EAGAIN) for a connection in the making; the first read on it then says EINVAL or ENOTCONN.
+    asyncio takes the refusal (EAGAIN) for a connection in the making; the first read on it says EINVAL or ENOTCONN.
     """
     cause = error.__cause__.__cause__ if isinstance(error.__cause__, ConnectError) else None
     return isinstance(cause, OSError) and cause.errno in (errno.EAGAIN, errno.EINVAL, errno.ENOTCONN)
