@@ -32,6 +32,7 @@ from snapshot.model import (
     DeleteOptions,
     DomainSnapshot,
     Liveness,
+    MemoryMode,
     RevertOptions,
     SnapshotRequest,
 )
@@ -142,7 +143,9 @@ def revert(
         _refuse(f"revert to '{name}'", plan_revert.reasons(request))
         safety: list[Step] = []
         if not options.discard_current:
-            taken = _create(domain, catalog, journal, gather.safety_request(request), dry_run, progress)
+            keep = gather.safety_request(request)
+            _refuse(f"revert to '{name}'", _against_keeping(keep, request.facts))
+            taken = _create(domain, catalog, journal, keep, dry_run, progress)
             if isinstance(taken, list):
                 safety = taken
             else:
@@ -201,6 +204,17 @@ def delete(
                 session = _session(domain, catalog, journal, request.facts, progress)
                 run(session, _operation("delete", one, domain, request.facts, request.token, steps_of_one))
         return plan if dry_run else names
+
+
+def _against_keeping(request: SnapshotRequest, facts: DomainFacts) -> list[str]:
+    """What is against a safety snapshot that the revert could not go on from."""
+    to_file = resolve(request, facts).memory is MemoryMode.EXTERNAL
+    if facts.active and facts.run_state != "running" and to_file:
+        return [
+            "the guest is paused, and writing its memory to a file first would leave it in state postmigrate: "
+            "resume it, or give the present state up (--discard-current)"
+        ]
+    return []
 
 
 def _descendants(snapshots: list[DomainSnapshot], name: str) -> list[str]:

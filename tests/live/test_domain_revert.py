@@ -160,6 +160,29 @@ def test_external_disks_in_the_live_process(rig: MakeRig, tmp_path: Path, format
     assert all(oracle.image_check(path)["rc"] == 0 for path in layers)
 
 
+@pytest.mark.parametrize("disk_only", [True, False])
+def test_a_paused_guest_whose_state_would_go_to_a_file_is_refused_untouched(
+    rig: MakeRig, tmp_path: Path, disk_only: bool
+) -> None:
+    guest = rig()
+    domain = guest.start()
+    catalog = Catalog(str(tmp_path / "catalog"))
+    taken = create(domain, catalog, SnapshotRequest("one", disk_only=disk_only, default_mode=EXTERNAL))
+    guest.wait_for_ticks(2)
+    domain.qmp.execute("stop")
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(NotPossible, match="the guest is paused"):
+        executor.revert(domain, catalog, "one", RevertOptions())
+    assert sorted(os.listdir(tmp_path)) == before
+    assert [one.name for one in catalog.load()] == ["one"]
+    assert domain.qmp.execute("query-status")["status"] == "paused"
+    executor.revert(domain, catalog, "one", RevertOptions(discard_current=True, running=False))
+    assert domain.qmp.execute("query-status")["running"] is False
+    assert disk_only or now(guest, domain)[1] == snapshot_counters(taken)
+    domain.qmp.execute("quit")
+    domain.close()
+
+
 @pytest.mark.parametrize("active", [True, False])
 @pytest.mark.parametrize("liveness", [Liveness.PAUSED, Liveness.LIVE])
 def test_memory_file_through_the_start_command(rig: MakeRig, tmp_path: Path, active: bool, liveness: Liveness) -> None:
