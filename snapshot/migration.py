@@ -15,12 +15,12 @@ from typing import Any
 from snapshot.active import sync
 from snapshot.errors import DomainSnapshotError, QmpError, QmpTimeout
 from snapshot.journal import sync_directory
+from snapshot.plan import MEMORY_BANDWIDTH, MEMORY_CAPABILITIES
 from snapshot.qmp import Qmp
 from snapshot.session import Session
 
 Arguments = dict[str, Any]
 
-_BANDWIDTH = 16 << 30  # QEMU's default of 128 MiB/s makes the pause many times longer
 _DEADLINE = 24 * 3600.0
 _SETTLED = (None, "none", "completed", "failed", "cancelled")
 #: Passes over the memory after which a guest that changes it faster than it is written is stopped.
@@ -70,9 +70,9 @@ def write_memory(session: Session, arguments: Arguments) -> None:
     """
     qmp, liveness = session.qmp, arguments["liveness"]
     before = set(arguments["capabilities"])
-    wanted = {"live": "pause-before-switchover", "background": "background-snapshot"}.get(liveness)
+    wanted = MEMORY_CAPABILITIES.get(liveness)
     _set_capabilities(qmp, {name: name == wanted for name in {*before, *_CAPABILITIES} if name != "events"})
-    qmp.execute("migrate-set-parameters", {"max-bandwidth": _BANDWIDTH})
+    qmp.execute("migrate-set-parameters", {"max-bandwidth": MEMORY_BANDWIDTH})
     descriptor = os.open(arguments["path"], os.O_WRONLY | os.O_CLOEXEC)
     try:
         qmp.send_descriptor(descriptor, "domsnap-memory")

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from snapshot.domain import DomainFacts, same_file
 from snapshot.model import DeleteOptions, DiskMode, DiskSnapshot, DomainSnapshot, MemoryMode
 from snapshot.plan import against_state
-from snapshot.step import Step
+from snapshot.step import Step, qmp_command
 
 
 @dataclass(frozen=True)
@@ -193,15 +194,33 @@ def _merge_steps(request: DeleteRequest, merge: Merge, job: str) -> Iterator[Ste
     arguments = {"frozen": frozen, "format": base.format, "overlay": overlay, "job": job}
     if merge.into == "base":
         children = list(request.files[overlay].dependents)
-        yield Step("merge-down", arguments | {"children": children}, f"merge '{overlay}' into '{frozen}' ({moved})")
+        text = f"merge '{overlay}' into '{frozen}' ({moved})"
+        yield Step("merge-down", arguments | {"children": children}, text, _job_commands(request, merge, job))
         yield Step("rename", {"old": overlay, "new": frozen, "format": base.format, "target": target,
                               "described": request.described.get(target)}, f"'{frozen}' takes its place")  # fmt: skip
         yield Step("remove-file", {"path": overlay, "image": True}, f"remove '{overlay}'")
         return
-    yield Step("merge-up", arguments | {"below": base.backing}, f"merge '{frozen}' into '{overlay}' ({moved})")
+    text = f"merge '{frozen}' into '{overlay}' ({moved})"
+    yield Step("merge-up", arguments | {"below": base.backing}, text, _job_commands(request, merge, job))
     needed = any(one.file == frozen for other in request.others for one in other.disks)
     others = [path for path in base.dependents if not same_file(path, overlay)]
     if frozen in request.made and not needed and not others:
         yield Step("rename", {"old": frozen, "new": overlay, "format": "qcow2", "target": target, "described": None},
                    f"'{overlay}' takes its place")  # fmt: skip
         yield Step("remove-file", {"path": frozen, "image": True}, f"remove '{frozen}'")
+
+
+def _job_commands(request: DeleteRequest, merge: Merge, job: str) -> tuple[dict[str, Any], ...]:
+    """The job of a running QEMU that has both files open; otherwise the merge is done here, without one."""
+    for facts in request.facts.disks if request.facts.active else ():
+        nodes = dict(zip((facts.disk.path, *facts.disk.backing_chain), (facts.node, *facts.chain_nodes), strict=False))
+        top, base = nodes.get(merge.overlay), nodes.get(merge.frozen)
+        if top is None or base is None:
+            continue
+        if merge.into == "overlay":
+            below = list(nodes.values())[list(nodes.values()).index(base) + 1 :]
+            lower = {"base_node": below[0]} if below else {}
+            return (qmp_command("block-stream", job_id=job, device=top, **lower),)
+        middle = {} if top == facts.node else {"top_node": top}
+        return (qmp_command("block-commit", job_id=job, device=facts.node, base_node=base, **middle),)
+    return ()

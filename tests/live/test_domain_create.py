@@ -2,14 +2,15 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from snapshot import executor
 from snapshot.catalog import Catalog
 from snapshot.domain import ActiveDomain
-from snapshot.errors import NotPossible
-from snapshot.model import Consistency, DiskMode, DiskRequest, Liveness, MemoryMode, SnapshotRequest
+from snapshot.errors import NotPossible, QmpError
+from snapshot.model import Consistency, DiskMode, DiskRequest, DomainSnapshot, Liveness, MemoryMode, SnapshotRequest
 from tests import oracle
 from tests.live.rig import MakeRig, Rig, consistent, disk_counter, snapshot_counters, snapshot_record
 
@@ -245,3 +246,35 @@ def test_a_paused_guest_stays_paused(rig: MakeRig, tmp_path: Path) -> None:
     domain.qmp.execute("cont")
     guest.wait_for_ticks(3)
     assert not guest.complaints()
+
+
+def test_background_falls_back_to_live_and_says_why(
+    rig: MakeRig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest = rig()
+    domain = guest.start()
+    execute = domain.qmp.execute
+
+    def refuse(command: str, arguments: Any = None, **more: Any) -> Any:
+        if command == "migrate-set-capabilities":
+            for one in arguments["capabilities"]:
+                if one["capability"] == "background-snapshot" and one["state"]:
+                    raise QmpError(command, "Background-snapshot is not supported by host kernel")
+        return execute(command, arguments, **more)
+
+    monkeypatch.setattr(domain.qmp, "execute", refuse)
+    said: list[str] = []
+    taken = executor.create(
+        domain,
+        Catalog(str(tmp_path / "catalog")),
+        SnapshotRequest("one", default_mode=EXTERNAL, liveness=Liveness.BACKGROUND),
+        progress=lambda text, _done, _total: said.append(text),
+    )
+    assert isinstance(taken, DomainSnapshot)
+    assert said[0] == (
+        "background snapshots are not possible here (QEMU: Background-snapshot is not supported by host kernel): "
+        "taking it live"
+    )
+    assert "write the rest of the memory, with the guest paused" in said
+    assert consistent(snapshot_record(taken), snapshot_counters(taken))
+    assert domain.qmp.execute("query-status")["status"] == "running"

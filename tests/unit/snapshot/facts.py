@@ -12,7 +12,7 @@ GIB = 1 << 30
 
 def disk(target: str = "vda", image_format: str = "qcow2", **facts: Any) -> DiskFacts:
     """A qcow2 disk of 1 GiB, nothing special about it."""
-    fields = {"path": f"/d/{target}.{image_format}", "read_only": False, "virtual_size": GIB}
+    fields = {"path": f"/d/{target}.{image_format}", "read_only": False, "virtual_size": GIB, "backing_chain": ()}
     fields |= {key: facts.pop(key) for key in list(facts) if key in fields}
     number = ord(target[-1]) - ord("a")
     one = Disk(target=target, format=image_format, node_name=f"d{number}", **fields)  # type: ignore[arg-type]

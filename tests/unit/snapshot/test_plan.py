@@ -182,3 +182,16 @@ def test_node_names_fit_into_qemus_limit() -> None:
              if command["execute"] == "blockdev-add"]  # fmt: skip
     assert names == ["ds-0123abcd-0-f", "ds-0123abcd-1-f"]
     assert all(len(name) < 32 for name in names)
+
+
+@pytest.mark.parametrize(
+    ("liveness", "capability"),
+    [("paused", None), ("live", "pause-before-switchover"), ("background", "background-snapshot")],
+)
+def test_the_memory_is_always_written_with_a_bandwidth_set(liveness: str, capability: str | None) -> None:
+    request = SnapshotRequest("s", default_mode=EXTERNAL, liveness=Liveness(liveness))
+    (step,) = [step for step in steps(resolve(request, domain()), "t") if step.action == "memory"]
+    sent = {command["execute"]: command["arguments"] for command in step.commands}
+    assert sent["migrate-set-parameters"]["max-bandwidth"] > 1 << 30
+    wanted = sent.get("migrate-set-capabilities", {}).get("capabilities", [])
+    assert wanted == ([] if capability is None else [{"capability": capability, "state": True}])

@@ -100,3 +100,16 @@ def test_memory_files_and_internal_snapshots() -> None:
         ("remove-internal", {"name": "s", "id": "3", "path": TOP}),
         ("remove-file", {"path": "/d/s.mem", "image": False}),
     ]
+
+
+def test_a_running_qemu_s_commands_are_shown() -> None:
+    one = disk("vda", path=TOP, backing_chain=(BASE,), chain_nodes=("base",))
+    down = request(facts=domain(one))
+    up = request(facts=domain(one), options=DeleteOptions(into="overlay"))
+    assert [command for step in steps(down) for command in step.commands] == [
+        {"execute": "block-commit", "arguments": {"job-id": "ds-t-0", "device": "d0", "base-node": "base"}}
+    ]
+    assert [command for step in steps(up) for command in step.commands] == [
+        {"execute": "block-stream", "arguments": {"job-id": "ds-t-0", "device": "d0"}}
+    ]
+    assert not [step for step in steps(request()) if step.commands]  # off
