@@ -18,7 +18,7 @@ from snapshot.errors import DomainSnapshotError, QmpError
 from snapshot.jobs import run_commit, run_job, wait_for_job
 from snapshot.journal import sync_directory
 from snapshot.plan import add_node_command, transaction_command
-from snapshot.qmp import Qmp, poll
+from snapshot.qmp import Qmp
 from snapshot.session import Session
 
 Arguments = dict[str, Any]
@@ -303,13 +303,3 @@ def sync(path: str) -> None:
         sync_directory(os.path.dirname(path))
     except OSError as error:
         raise DomainSnapshotError(f"cannot make '{path}' durable: {error.strerror}") from error
-
-
-def wait_for_state(qmp: Qmp, *wanted: str, deadline: float = 60.0) -> str:
-    """Wait until the guest is in one of some run states."""
-
-    def look() -> str | None:
-        state = str(qmp.execute("query-status")["status"])
-        return state if state in wanted else None
-
-    return poll(look, deadline=deadline, what=f"the way to state {' or '.join(wanted)}")

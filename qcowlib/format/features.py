@@ -38,7 +38,6 @@ class Autoclear(IntFlag, boundary=KEEP):
 
 
 KNOWN_INCOMPATIBLE = 0x1F
-KNOWN_COMPATIBLE = 0x1
 KNOWN_AUTOCLEAR = 0x3
 
 

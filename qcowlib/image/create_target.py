@@ -138,15 +138,6 @@ def _make_sure_of_space(storage: LocalFile, space: int) -> None:
             raise
 
 
-def _fit_device(storage: LocalFile, end: int, preallocation: str) -> None:
-    if preallocation != "off":
-        raise OptionError(f"Unsupported preallocation mode '{preallocation}'")
-    if end > storage.size():
-        raise OptionError(
-            f"'{storage.name}' is too small: the image needs {end} bytes, the device has {storage.size()}"
-        )
-
-
 def _remove(path: str) -> None:
     """Take away a file that we made, as far as it is still one."""
     try:

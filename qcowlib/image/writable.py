@@ -10,7 +10,7 @@ from typing import cast
 from qcowlib.codecs.sector_cipher import ClusterCipher
 from qcowlib.errors import ImageStateError, OptionError, QcowError
 from qcowlib.extents import ExtentTable
-from qcowlib.format.bitmap_directory import BitmapEntry
+from qcowlib.format.bitmap_directory import BitmapEntry, BitmapFlags
 from qcowlib.format.entries import compressed_entry
 from qcowlib.image.qcow2 import SECTOR_SIZE, Qcow2Image
 from qcowlib.image.reader import ReadableImage, read_pieces
@@ -19,8 +19,6 @@ from qcowlib.metadata.heal import heal
 from qcowlib.metadata.state import Qcow2State, load_state
 from qcowlib.metadata.transaction import MetadataTransaction
 from qcowlib.storage.protocol import Buffer, Storage
-
-_BITMAP_IN_USE, _BITMAP_AUTO = 1, 2
 
 
 class WritableQcow2Image(Qcow2Image):
@@ -289,4 +287,4 @@ class WritableQcow2Image(Qcow2Image):
 
 
 def _records_writes(bitmap: BitmapEntry) -> bool:
-    return bool(bitmap.flags & _BITMAP_AUTO) and not bitmap.flags & _BITMAP_IN_USE
+    return bool(bitmap.flags & BitmapFlags.AUTO) and not bitmap.flags & BitmapFlags.IN_USE

@@ -85,11 +85,6 @@ class RefcountStructure:
         return self._table_offset, len(self._table) * 8 >> self._geometry.cluster_bits
 
     @property
-    def table_replaced(self) -> bool:
-        """Whether GROW has to write the header."""
-        return bool(self._old_tables)
-
-    @property
     def dirty_bytes(self) -> int:
         """Memory that changed refcount blocks take."""
         return len(self.dirty) * self._geometry.refcount_block_entries * self._itemsize

@@ -28,8 +28,6 @@ class RegionKind(IntEnum):
     REFCOUNT_BLOCK = 3
     L1_TABLE = 4
     L2_TABLE = 5
-    SNAPSHOT_TABLE = 6
-    SNAPSHOT_L1_TABLE = 7
     BITMAPS = 8
     CRYPTO_HEADER = 9
 

@@ -172,12 +172,6 @@ class TableCache:
             self._tables[table.host_offset] = table
             self.pinned.add(table.host_offset)
 
-    def drop(self, host_offset: int) -> None:
-        """Forget one table: its cluster is no L2 table any more."""
-        with self._lock:
-            self._tables.pop(host_offset, None)
-            self.pinned.discard(host_offset)
-
     def clear(self) -> None:
         """Forget all tables; none may be pinned."""
         with self._lock:

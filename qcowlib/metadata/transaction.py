@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from qcowlib.errors import ImageStateError, StorageError
-from qcowlib.format.entries import ENTRY_DTYPE, L1_OFFSET_MASK, OFLAG_COPIED, Entries
+from qcowlib.format.entries import L1_OFFSET_MASK, OFLAG_COPIED, Entries
 from qcowlib.format.features import KNOWN_AUTOCLEAR, Incompatible
 from qcowlib.format.header import Header
 from qcowlib.metadata.refcounts import RefcountStructure
@@ -144,24 +144,15 @@ class MetadataTransaction:
         self._changed[table.host_offset] = (table, min(low, first), max(high, last))
         self.state.tables.pinned.add(table.host_offset)
 
-    def grow_l1(self, entries: int) -> None:
-        """Give the active L1 table at least this many entries; the header swings to the new table in LINK."""
-        state = self.state
-        if entries <= len(state.l1):
-            return
-        l1 = np.zeros(entries, dtype=ENTRY_DTYPE)
-        l1[: len(state.l1)] = state.l1
-        self.replace_l1(l1)
-
     def replace_l1(self, l1: Entries) -> None:
-        """Make `l1` ('>u8') the active L1 table, in clusters of its own; refcounts of its trees are the caller's."""
+        """Make `l1` ('>u8') the active L1 table, in clusters of its own; refcounts of its trees are the caller's.
+
+        Once in a transaction.
+        """
         state, size = self.state, self.state.geometry.cluster_size
         clusters = state.geometry.clusters_for(max(len(l1), 1) * 8)
         first, _ = self.allocate(clusters, clusters)
-        if self._l1_fresh:  # replaced twice in one transaction
-            old_offset, old_entries = self._header_changes["l1_table_offset"], self._header_changes["l1_size"]
-        else:
-            old_offset, old_entries = state.header.l1_table_offset, state.header.l1_size
+        old_offset, old_entries = state.header.l1_table_offset, state.header.l1_size
         if old_entries:
             state.regions.remove(old_offset, old_entries * 8)
             self.release(old_offset // size, state.geometry.clusters_for(old_entries * 8))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Protocol
 
@@ -51,17 +50,7 @@ def make_images(folder: Path) -> list[str]:
     _encrypted(folder, names)
     qemu_img("create", "-q", "-f", "raw", "raw", "1M", cwd=folder)
     qemu_io(folder, "raw", "write -P 1 64k 64k")
-    _settle(folder)
     return [*names, "raw"]
-
-
-def _settle(folder: Path) -> None:
-    """Let the file system decide where everything is: map shows its holes, and two programs must see the same."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
 
 
 def make_broken(folder: Path) -> None:
