@@ -37,7 +37,7 @@ ACTIONS = {
     "save-internal": Action(active.save_internal, active.undo_save),
     "make-memory-file": Action(migration.make_memory_file, migration.unmake_memory_file, always=True),
     "memory": Action(migration.write_memory, migration.cancel_memory, always=True),
-    "end-memory": Action(migration.end_memory),
+    "end-memory": Action(migration.end_memory, migration.settle_memory, always=True),
     "keep-memory": Action(migration.keep_memory),
     "decide": Action(_nothing),
     "freeze": Action(agent.freeze, agent.thaw, always=True),

@@ -25,6 +25,8 @@ _DEADLINE = 24 * 3600.0
 _SETTLED = (None, "none", "completed", "failed", "cancelled")
 #: Passes over the memory after which a guest that changes it faster than it is written is stopped.
 _PASSES = 30
+#: Seconds within which QEMU's migration thread leaves "pre-switchover" after migrate-continue.
+_CONTINUE_TAKES_EFFECT = 0.2
 _CAPABILITIES = ("pause-before-switchover", "background-snapshot", "events")
 _MAGIC = b"QEVM\0\0\0\3"
 
@@ -89,6 +91,19 @@ def end_memory(session: Session, arguments: Arguments) -> None:
     session.qmp.execute("migrate-continue", {"state": "pre-switchover"})
     _wait(session, "completed")
     _restore(session.qmp, arguments)
+
+
+def settle_memory(session: Session, arguments: Arguments) -> None:  # noqa: ARG001 - one signature for all actions
+    """Undo of `end_memory`: wait while the rest is being written, since QEMU gives the images away meanwhile.
+
+    QEMU must not be told to cancel in that state: 7.2 would resume the guest without its images. Whether a command
+    whose answer was lost is being carried out shows only when the state "pre-switchover" is left.
+    """
+    if not session.alive():
+        return
+    end = time.monotonic() + _CONTINUE_TAKES_EFFECT
+    while (status := _status(session.qmp)) == "device" or (status == "pre-switchover" and time.monotonic() < end):
+        time.sleep(0.002)
 
 
 def keep_memory(session: Session, arguments: Arguments) -> None:  # noqa: ARG001 - one signature for all actions

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -51,24 +50,3 @@ def test_info_does_not_import_what_it_does_not_need(tmp_path: Path) -> None:
     code, modules = imported(["info", "i"], tmp_path)
     assert code == 0
     assert not modules & {"cryptography", "rich", "argparse"}
-
-
-@pytest.mark.parametrize(("words", "limit"), [(["--help"], 0.065), (["info", "i"], 0.235)])
-def test_start_up_time(tmp_path: Path, words: list[str], limit: float) -> None:
-    """Seconds above those of Python itself. Processor time is measured: the clock tells how busy the machine is."""
-    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "i", "1M"], check=True, cwd=tmp_path, timeout=60)
-    bare = least_time([sys.executable, "-c", "pass"], tmp_path)
-    assert least_time([sys.executable, "-m", "qcowlib", *words], tmp_path) - bare < limit
-
-
-def least_time(command: list[str], directory: Path) -> float:
-    """The least processor time of several runs, in seconds."""
-    times = []
-    for _ in range(7):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run(
-            command, check=True, cwd=directory, stdout=subprocess.DEVNULL, timeout=60, env=process_environment()
-        )
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-    return min(times)
