@@ -31,6 +31,7 @@ from qcowlib.format.entries import (
     offsets,
 )
 from qcowlib.metadata.references import empty_words, read_tables, split_words
+from qcowlib.metadata.runs import find_runs
 from qcowlib.metadata.tables import EntryRules, L2Table, TableCache
 from qcowlib.storage.protocol import ReadStorage
 
@@ -178,6 +179,36 @@ class ClusterMapping:
         high = mapped_stop - base + self._cluster_mask >> self._cluster_bits
         entries = entries.reshape(-1)[low:high]
         bitmaps = bitmaps.reshape(-1)[low:high] if bitmaps is not None else None
+        rows = self._run_rows(entries, base + (low << self._cluster_bits), start, mapped_stop, bitmaps is None)
+        if rows is None:
+            rows = self._entry_rows(host, entries, bitmaps, base, low, start, mapped_stop)
+        if mapped_stop < stop:
+            tail = _empty_range(mapped_stop, stop)
+            rows = ExtentTable(*(np.concatenate(pair) for pair in zip(_columns(rows), _columns(tail), strict=True)))
+        return rows
+
+    def _run_rows(self, entries: Entries, base: int, start: int, stop: int, plain: bool) -> ExtentTable | None:
+        """Rows of [start, stop) where the entries, from guest offset `base` on, are few runs; else None."""
+        runs = find_runs(entries, self._rules) if plain else None
+        if runs is None:
+            return None
+        heads, hosts = runs
+        kinds = np.where(hosts < 0, np.uint8(_UNALLOCATED), np.uint8(_DATA))
+        row_start = base + heads * self._cluster_size
+        row_stop = np.append(row_start[1:], base + len(entries) * self._cluster_size)
+        return _cut_rows(row_start, row_stop, kinds, hosts, np.zeros(len(heads), dtype=np.int64), start, stop)
+
+    def _entry_rows(
+        self,
+        host: Int64Array,
+        entries: Entries,
+        bitmaps: Entries | None,
+        base: int,
+        low: int,
+        start: int,
+        stop: int,
+    ) -> ExtentTable:
+        """Rows of [start, stop) from entries of any kind; the first one is number `low` of the tables at `host`."""
         bad = self._rules.damage(entries, bitmaps)
         if bad is not None:
             index = int(np.argmax(bad))
@@ -186,11 +217,7 @@ class ClusterMapping:
             guest = base + (low + index << self._cluster_bits)
             raise CorruptMetadata("L2 table", table, f"entry for guest offset {guest:#x}: {rule}")
         kinds, hosts, lengths = self._classify(entries, bitmaps)
-        rows = self._merged(kinds, hosts, lengths, base + (low << self._cluster_bits), start, mapped_stop)
-        if mapped_stop < stop:
-            tail = _empty_range(mapped_stop, stop)
-            rows = ExtentTable(*(np.concatenate(pair) for pair in zip(_columns(rows), _columns(tail), strict=True)))
-        return rows
+        return self._merged(kinds, hosts, lengths, base + (low << self._cluster_bits), start, stop)
 
     def _gather(self, first: int, host: Int64Array) -> Entries:
         """The words of consecutive L2 tables, from memory where a table is there (it may be newer than the file)."""
@@ -268,22 +295,7 @@ class ClusterMapping:
         heads = np.concatenate(([0], np.flatnonzero(~same) + 1))
         row_start = base + heads * unit
         row_stop = np.concatenate((row_start[1:], [base + len(kinds) * unit]))
-        row_kind = kinds[heads]
-        row_host = hosts[heads]
-        cut = start - base  # the range may begin inside the first cluster, even behind its first rows
-        if cut > 0:
-            row_host = np.where(
-                (row_start < start) & (row_host >= 0) & (row_kind != _COMPRESSED),
-                row_host + start - row_start,
-                row_host,
-            )
-            row_start = np.maximum(row_start, start)
-        row_stop = np.minimum(row_stop, stop)
-        keep = row_stop > row_start
-        row_start, row_stop, row_kind, row_host = row_start[keep], row_stop[keep], row_kind[keep], row_host[keep]
-        row_length = row_stop - row_start
-        stored = np.where(row_kind == _COMPRESSED, lengths[heads][keep], np.where(row_kind == _DATA, row_length, 0))
-        return ExtentTable(row_start, row_length, row_kind, row_host, stored, np.zeros(len(row_kind), dtype=np.uint16))
+        return _cut_rows(row_start, row_stop, kinds[heads], hosts[heads], lengths[heads], start, stop)
 
     def _damage(self, table: L2Table, index: int) -> CorruptMetadata:
         assert table.damaged is not None
@@ -296,3 +308,26 @@ def _columns(table: ExtentTable) -> tuple[npt.NDArray[np.generic], ...]:
 
 def _empty_range(start: int, stop: int) -> ExtentTable:
     return ExtentTable.from_rows([(start, stop - start, _UNALLOCATED, -1, 0, 0)])
+
+
+def _cut_rows(
+    row_start: Int64Array,
+    row_stop: Int64Array,
+    kind: npt.NDArray[np.uint8],
+    host: Int64Array,
+    stored: Int64Array,
+    start: int,
+    stop: int,
+) -> ExtentTable:
+    """Rows cut to [start, stop), which may begin inside the first cluster, even behind its first rows.
+
+    Args:
+        stored: bytes of compressed data, for rows of that kind.
+    """
+    moves = (row_start < start) & (host >= 0) & (kind != _COMPRESSED)
+    host = np.where(moves, host + start - row_start, host)
+    row_start, row_stop = np.maximum(row_start, start), np.minimum(row_stop, stop)
+    keep = row_stop > row_start
+    length, kind = (row_stop - row_start)[keep], kind[keep]
+    host_length = np.where(kind == _COMPRESSED, stored[keep], np.where(kind == _DATA, length, 0))
+    return ExtentTable(row_start[keep], length, kind, host[keep], host_length, np.zeros(len(kind), dtype=np.uint16))

@@ -105,6 +105,14 @@ class MetadataRegions:
                 mask &= clusters != cluster
         return mask if mask.any() else None
 
+    def touch(self, first: Int64Array, last: Int64Array) -> bool:
+        """Whether any of the ranges of host clusters, `first` to `last` (inclusive) each, holds metadata."""
+        if self._changes:
+            self._consolidate()
+        low = np.searchsorted(self._clusters, first)
+        high = np.searchsorted(self._clusters, last, side="right")
+        return bool((high > low).any())
+
     def fixed(self, first: int, last: int) -> Int64Array:
         """The host clusters from `first` to `last` (exclusive) that hold metadata other than L2 tables, sorted."""
         if self._changes:
