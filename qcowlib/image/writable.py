@@ -160,6 +160,11 @@ class WritableQcow2Image(Qcow2Image):
             finally:
                 self.state.tables.clear()
 
+    @property
+    def writer(self) -> ClusterWriter:
+        """Changes single clusters, whatever the disk's size and bitmaps say; for operations, inside `exclusive`."""
+        return self._writer
+
     def store(self, host: int, guest: int, data: bytes | memoryview) -> None:
         """Write bytes of a guest cluster to their host offset, encrypted if the image is; for operations.
 

@@ -103,6 +103,15 @@ class ClusterWriter:
             return
         self._write_zero_bytes(offset, low)
         self._write_zero_bytes(high, end)
+        self.zero_units(low, high)
+
+    def zero_units(self, low: int, high: int) -> None:
+        """Zero whole (sub)clusters by their entries, also behind the end of the disk.
+
+        Args:
+            low: guest offset, aligned to a subcluster.
+            high: as well, or the end of the disk.
+        """
         size = self._geometry.cluster_size
         first, last = -(-low // size) * size, high if high == self._state.header.size else high // size * size
         if first > last:  # all inside one cluster
@@ -114,6 +123,44 @@ class ClusterWriter:
             self._zero_clusters(first, last)
         if last < high:
             self._zero_subclusters(last, high)
+
+    def forget(self, start: int, l1_index: int) -> None:
+        """Drop what an L2 table has from a guest offset on (aligned to clusters), also behind the end of the disk."""
+        if not self._state.l1.item(l1_index) & L2_OFFSET_MASK:
+            return
+        first = max(start, l1_index * self._geometry.l2_coverage) - l1_index * self._geometry.l2_coverage
+        first >>= self._geometry.cluster_bits
+        found = self._state.mapping.table(l1_index)
+        if not found.entries[first:].any() and (found.bitmaps is None or not found.bitmaps[first:].any()):
+            return
+        table = self._transaction.writable_table(l1_index)
+        self._require_sound(table, first, len(table.entries))
+        self._release(table.entries[first:])
+        table.entries[first:] = 0
+        if table.bitmaps is not None:
+            table.bitmaps[first:] = 0
+        self._transaction.table_changed(table, first, len(table.entries))
+
+    def preallocate(self, guest: int, host: int, count: int, *, zero: bool, full: bool) -> None:
+        """Let clusters that have nothing yet be at consecutive host clusters that read as zeroes.
+
+        Args:
+            guest: guest offset of the first, aligned to clusters; all lie in one L2 table.
+            host: host offset of the first.
+            count: clusters.
+            zero: a backing file has bytes there: say that they are zero.
+            full: all subclusters are allocated; else they are to be written first.
+        """
+        table = self._transaction.writable_table(self._geometry.l1_index(guest))
+        first = self._geometry.l2_index(guest)
+        entries = np.arange(count, dtype=np.uint64) * np.uint64(self._geometry.cluster_size)
+        entries += np.uint64(host | OFLAG_COPIED)
+        if zero and not full and table.bitmaps is None:
+            entries |= np.uint64(OFLAG_ZERO)
+        table.entries[first : first + count] = entries
+        if table.bitmaps is not None:
+            table.bitmaps[first : first + count] = SUBCLUSTERS_ALLOCATED if full else SUBCLUSTERS_ZERO if zero else 0
+        self._transaction.table_changed(table, first, first + count)
 
     def discard(self, offset: int, length: int) -> None:
         """Give whole clusters back; they then read as zeroes. Parts of clusters stay as they are.
@@ -279,7 +326,8 @@ class ClusterWriter:
     def _zero_in_data_file(self, table: L2Table, first: int, last: int, guest: int) -> None:
         """With an external data file clusters keep their place there; the file gets the zeroes as well."""
         length = min((last - first) << self._geometry.cluster_bits, self._state.header.size - guest)
-        self._transaction.data_storage.write_zeroes(guest, length)
+        if length > 0:
+            self._transaction.data_storage.write_zeroes(guest, length)
         entries = table.entries[first:last].astype(np.uint64)
         if table.bitmaps is not None:
             table.bitmaps[first:last] = SUBCLUSTERS_ZERO
