@@ -138,7 +138,8 @@ class MetadataRegions:
         Raises:
             CorruptMetadata: the write would destroy metadata; nothing was written.
         """
-        for cluster in range(offset >> self._bits, (offset + length - 1 >> self._bits) + 1):
+        first, last = offset >> self._bits, offset + length - 1 >> self._bits
+        for cluster in self._known(first, last + 1):
             found = self.kind_of(cluster)
             if found is not None and found is not kind:
                 what = kind.label if kind else "guest data"
@@ -147,3 +148,11 @@ class MetadataRegions:
                     offset,
                     f"a write of {length} bytes would overlap the {found.label} at {cluster << self._bits:#x}",
                 )
+
+    def _known(self, first: int, last: int) -> list[int]:
+        """The host clusters from `first` to `last` (exclusive) that the map says something about, sorted."""
+        if last - first <= 2:
+            return list(range(first, last))
+        low, high = np.searchsorted(self._clusters, [first, last])
+        changed = [cluster for cluster in self._changes if first <= cluster < last]
+        return sorted({*self._clusters[low:high].tolist(), *changed})
