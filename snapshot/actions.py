@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from snapshot import active, agent, inactive, merge, migration, records, restart
+from snapshot import active, agent, inactive, merge, migration, records, restart, standing
 from snapshot.session import Session
 
 
@@ -37,6 +37,7 @@ ACTIONS = {
     "save-internal": Action(active.save_internal, active.undo_save),
     "make-memory-file": Action(migration.make_memory_file, migration.unmake_memory_file, always=True),
     "memory": Action(migration.write_memory, migration.cancel_memory, always=True),
+    "save-standing": Action(standing.save_standing, standing.end_standing, always=True),
     "end-memory": Action(migration.end_memory, migration.settle_memory, always=True),
     "keep-memory": Action(migration.keep_memory),
     "decide": Action(_nothing),

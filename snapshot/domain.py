@@ -108,6 +108,7 @@ class DomainFacts:
         ram_size: bytes, hot-plugged memory included.
         version: of QEMU.
         migration: status of a migration that is under way.
+        blockers: why QEMU cannot save the machine's memory.
         jobs: ids of the jobs that have not ended.
         max_bandwidth: QEMU's migration parameter, to be put back.
         capabilities: migration capabilities that are on.
@@ -123,6 +124,7 @@ class DomainFacts:
     ram_size: int | None = None
     version: tuple[int, int, int] | None = None
     migration: str | None = None
+    blockers: tuple[str, ...] = ()
     jobs: tuple[str, ...] = ()
     max_bandwidth: int | None = None
     capabilities: tuple[str, ...] = ()
@@ -188,7 +190,8 @@ class ActiveDomain:
         jobs = [job for job in ask("query-jobs") if job["status"] not in ("concluded", "null")]
         busy = {node: job["device"] for job in ask("query-block-jobs") for node in graph.nodes_of_job(job["device"])}
         memory = ask("query-memory-size-summary")
-        migration = ask("query-migrate").get("status")
+        migrating = ask("query-migrate")
+        migration = migrating.get("status")
         over = (None, "none", "completed", "failed", "cancelled")
         machine = str(ask("qom-get", {"path": "/machine", "property": "type"}))
         capabilities = ask("query-migrate-capabilities")
@@ -206,6 +209,7 @@ class ActiveDomain:
             ram_size=int(memory["base-memory"]) + int(memory.get("plugged-memory", 0)),
             version=self.qmp.version,
             migration=None if migration in over else migration,
+            blockers=tuple(migrating.get("blocked-reasons", ())),
             jobs=tuple(job["id"] for job in jobs),
             max_bandwidth=ask("query-migrate-parameters").get("max-bandwidth"),
             capabilities=tuple(one["capability"] for one in capabilities if one["state"]),

@@ -25,6 +25,7 @@ from snapshot import (
     records,
 )
 from snapshot.actions import ACTIONS
+from snapshot.against import reasons
 from snapshot.domain import ActiveDomain, Domain, DomainFacts
 from snapshot.errors import DomainSnapshotError, NotPossible, RecoverNeeded, UndoFailed
 from snapshot.journal import Journal, Operation
@@ -32,11 +33,10 @@ from snapshot.model import (
     DeleteOptions,
     DomainSnapshot,
     Liveness,
-    MemoryMode,
     RevertOptions,
     SnapshotRequest,
 )
-from snapshot.plan import reasons, resolve, steps
+from snapshot.plan import resolve, steps
 from snapshot.qmp import Qmp, listening
 from snapshot.session import Progress, Session, Store
 from snapshot.step import Step
@@ -144,7 +144,6 @@ def revert(
         safety: list[Step] = []
         if not options.discard_current:
             keep = gather.safety_request(request)
-            _refuse(f"revert to '{name}'", _against_keeping(keep, request.facts))
             taken = _create(domain, catalog, journal, keep, dry_run, progress)
             if isinstance(taken, list):
                 safety = taken
@@ -204,17 +203,6 @@ def delete(
                 session = _session(domain, catalog, journal, request.facts, progress)
                 run(session, _operation("delete", one, domain, request.facts, request.token, steps_of_one))
         return plan if dry_run else names
-
-
-def _against_keeping(request: SnapshotRequest, facts: DomainFacts) -> list[str]:
-    """What is against a safety snapshot that the revert could not go on from."""
-    to_file = resolve(request, facts).memory is MemoryMode.EXTERNAL
-    if facts.active and facts.run_state != "running" and to_file:
-        return [
-            "the guest is paused, and writing its memory to a file first would leave it in state postmigrate: "
-            "resume it, or give the present state up (--discard-current)"
-        ]
-    return []
 
 
 def _descendants(snapshots: list[DomainSnapshot], name: str) -> list[str]:

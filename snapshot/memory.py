@@ -67,6 +67,23 @@ def export_memory(
     return facts
 
 
+def copy_vmstate(image: int, snapshot: str, target: BinaryIO, progress: Progress) -> None:
+    """Copy the vm state of an internal snapshot into a file that is open.
+
+    Args:
+        image: descriptor of the qcow2 file.
+        snapshot: id or name in it.
+        target: the file; written from where it stands.
+        progress: called with the bytes written and the bytes in all; what it raises ends the copy.
+
+    Raises: MemoryFileError: no vm state, or one that is no whole migration stream. OSError: the file cannot be written.
+    """
+    with _vmstate(image, snapshot, force_share=False) as (stream, name):
+        facts = _whole(stream, name)
+        stream.seek(0)
+        _copy(stream, target, facts.size, progress)
+
+
 def import_memory(
     memory_file: str | os.PathLike[str], image_path: str, snapshot: str, *, machine: str | None = None
 ) -> StreamFacts:
@@ -105,14 +122,14 @@ def _whole(stream: Window, name: str) -> StreamFacts:
 
 
 @contextmanager
-def _vmstate(image_path: str, snapshot: str, *, force_share: bool) -> Iterator[tuple[Window, str]]:
+def _vmstate(source: str | int, snapshot: str, *, force_share: bool) -> Iterator[tuple[Window, str]]:
     with (
-        qcowlib.open_image(image_path, format="qcow2", open_backing=False, force_share=force_share) as image,
+        qcowlib.open_image(source, format="qcow2", open_backing=False, force_share=force_share) as image,
         image.open_snapshot(snapshot) as view,
     ):
         vmstate = view.vmstate
         if not vmstate.size:
-            raise MemoryFileError(f"the snapshot '{snapshot}' in '{image_path}' has no memory")
+            raise MemoryFileError(f"the snapshot '{snapshot}' in '{source}' has no memory")
         with vmstate.open_stream() as stream:
             yield Window(stream, 0, vmstate.size), vmstate.name
 

@@ -15,9 +15,9 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from snapshot.against import against_state
 from snapshot.domain import DomainFacts, same_file
 from snapshot.model import DeleteOptions, DiskMode, DiskSnapshot, DomainSnapshot, MemoryMode
-from snapshot.plan import against_state
 from snapshot.step import Step, qmp_command
 
 

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from snapshot.against import against_state
 from snapshot.domain import DiskFacts, DomainFacts, same_file
 from snapshot.model import DiskMode, DiskSnapshot, DomainSnapshot, DomainState, MemoryMode, RevertOptions
-from snapshot.plan import add_node_step, against_state, save_internal_step
+from snapshot.plan import add_node_step, save_internal_step
 from snapshot.restart import fill_command
 from snapshot.step import Step, qmp_command
 

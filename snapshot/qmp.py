@@ -97,12 +97,27 @@ class Qmp:
     def send_descriptor(self, descriptor: int, name: str) -> None:
         """Give QEMU a copy of a file descriptor, under a name for `migrate` and `migrate-incoming` ("fd:NAME")."""
 
+        self._execute_with(descriptor, "getfd", {"fdname": name})
+
+    def add_descriptor(self, descriptor: int, label: str) -> str:
+        """Give QEMU a copy of a file descriptor for its block layer.
+
+        Args:
+            descriptor: the open file.
+            label: stands in `query-fdsets`, so that it can be found and removed.
+
+        Returns: the file name under which it can be opened.
+        """
+        added = self._execute_with(descriptor, "add-fd", {"opaque": label})
+        return f"/dev/fdset/{added['fdset-id']}"
+
+    def _execute_with(self, descriptor: int, command: str, arguments: dict[str, Any]) -> Any:  # noqa: ANN401
         async def send() -> object:
             # The descriptor belongs to the next command on the wire, so nothing may come between.
             self._client.send_fd_scm(descriptor)
-            return await self._client.execute("getfd", {"fdname": name})
+            return await self._client.execute(command, arguments)
 
-        self._run(send(), "getfd", None)
+        return self._run(send(), command, None)
 
     def events(self) -> list[dict[str, Any]]:
         """The events that have come since the last call, oldest first."""

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 
+import qcowlib
 from snapshot import executor
 from snapshot.catalog import Catalog
 from snapshot.domain import ActiveDomain
 from snapshot.errors import NotPossible, QmpError
 from snapshot.model import Consistency, DiskMode, DiskRequest, DomainSnapshot, Liveness, MemoryMode, SnapshotRequest
 from tests import oracle
-from tests.live.rig import MakeRig, Rig, consistent, disk_counter, snapshot_counters, snapshot_record
+from tests.live.rig import MakeRig, Rig, consistent, disk_counter, ram_record, snapshot_counters, snapshot_record
 
 pytestmark = pytest.mark.live
 
@@ -225,25 +226,39 @@ def test_dry_run_touches_nothing(rig: MakeRig, tmp_path: Path) -> None:
     assert "migrate-continue" in text
 
 
-def test_a_paused_guest_stays_paused(rig: MakeRig, tmp_path: Path) -> None:
+def test_a_paused_guest_stays_as_it_is(rig: MakeRig, tmp_path: Path) -> None:
+    """It never runs, not for a moment; its images stay QEMU's; and all that can be done with it goes on."""
     guest = rig()
     domain = guest.start()
     domain.qmp.execute("stop")
+    domain.qmp.events()
+    record = ram_record(domain.qmp, tmp_path)
     catalog = Catalog(str(tmp_path / "catalog"))
-    for number, request in enumerate(
-        (
-            SnapshotRequest("a"),
-            SnapshotRequest("b", disk_only=True),
-            SnapshotRequest("c", default_mode=EXTERNAL, liveness=Liveness.LIVE),
-        )
-    ):
+    requests = (
+        SnapshotRequest("a"),
+        SnapshotRequest("b", disk_only=True),
+        SnapshotRequest("c", default_mode=EXTERNAL, liveness=Liveness.LIVE),
+        SnapshotRequest("d", default_mode=EXTERNAL, liveness=Liveness.BACKGROUND),
+        SnapshotRequest("e", disks={"vda": DiskRequest(INTERNAL)}, memory_file=str(tmp_path / "e.mem")),
+        SnapshotRequest("f", memory_file=str(tmp_path / "f.mem")),
+    )
+    for request in requests:
         taken = executor.create(domain, catalog, request)
-        assert taken.state.value == ("disk-snapshot" if number == 1 else "paused")
-        assert domain.qmp.execute("query-status")["running"] is False
-    assert consistent(snapshot_record(taken), snapshot_counters(taken))
-    with pytest.raises(NotPossible, match="resume it first"):
-        executor.create(domain, catalog, SnapshotRequest("d"))
+        assert isinstance(taken, DomainSnapshot)
+        assert taken.state.value == ("disk-snapshot" if request.disk_only else "paused")
+        assert domain.qmp.execute("query-status")["status"] == "paused"
+        if not request.disk_only:
+            assert snapshot_record(taken) == record
+            assert consistent(record, snapshot_counters(taken))
+    assert states(domain) == []
+    for facts in domain.facts().disks:
+        with pytest.raises(qcowlib.ImageLocked):
+            qcowlib.open_image(facts.disk.path, format="qcow2", writable=True, open_backing=False)
+    assert ram_record(domain.qmp, tmp_path) == record
     domain.qmp.execute("cont")
+    domain.close()
+    domain = guest.connect()
+    assert domain.qmp.execute("query-fdsets") == []
     guest.wait_for_ticks(3)
     assert not guest.complaints()
 

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
+from snapshot.against import reasons
 from snapshot.model import DiskMode, DiskRequest, Liveness, MemoryMode, SnapshotRequest
-from snapshot.plan import PathFacts, Resolved, reasons, resolve, steps
+from snapshot.plan import PathFacts, Resolved, resolve, steps
 from snapshot.step import Step
 from tests.unit.snapshot.facts import GIB, disk, domain, host, stored
 
@@ -53,7 +54,7 @@ def test_a_guest_that_stands_is_never_taken_live() -> None:
     assert [step.action for step in steps(resolved, "t")] == [
         "make-memory-file",
         "disks",
-        "memory",
+        "save-standing",
         "keep-memory",
         "record",
     ]
@@ -88,7 +89,10 @@ def test_a_guest_that_stands_is_never_taken_live() -> None:
          {"disks": (disk(read_only=True),)}),
         ("quiesce needs the guest agent", SnapshotRequest("s", disk_only=True, quiesce=True), {}),
         ("quiesce is for disk-only", SnapshotRequest("s", quiesce=True), {"agent_socket": "/a"}),
-        ("QEMU 6.0", SnapshotRequest("s"), {"version": (5, 2, 0)}),
+        ("internal memory snapshots need QEMU 6.0", SnapshotRequest("s"), {"version": (5, 2, 0)}),
+        ("a guest that stands needs QEMU 6.0", SnapshotRequest("s", memory_file="/m"),
+         {"version": (5, 2, 0), "run_state": "paused"}),
+        ("cannot save this machine: vfio", SnapshotRequest("s"), {"blockers": ("vfio",)}),
         ("has no memory file", SnapshotRequest("s", disk_only=True, memory_file="/m"), {}),
         ("is a relative name", SnapshotRequest("s", memory_file="m"), {}),
         ("not started, so it has no memory", SnapshotRequest("s"), {"active": False}),
@@ -96,7 +100,8 @@ def test_a_guest_that_stands_is_never_taken_live() -> None:
         ("give its QMP socket", SnapshotRequest("s", disk_only=True),
          {"active": False, "disks": (disk(in_use="another process"),)}),
         *((f"state {state}", SnapshotRequest("s"), {"run_state": state})
-          for state in ("shutdown", "guest-panicked", "inmigrate", "io-error", "save-vm", "restore-vm", "colo")),
+          for state in ("shutdown", "guest-panicked", "inmigrate", "io-error", "save-vm", "restore-vm", "colo",
+                        "finish-migrate", "internal-error", "suspended", "watchdog", "debug")),
         ("resume it first", SnapshotRequest("s"), {"run_state": "postmigrate"}),
     ],
 )  # fmt: skip
