@@ -21,7 +21,19 @@ Only these leave the library.
 
 
 class QcowError(Exception):
-    """Base of all errors of the library."""
+    """Base of all errors of the library.
+
+    Args:
+        message: what failed, in the library's words.
+        stock: what qemu-img 7.2 says there, printed by the command line; None: the same as `message`. "{program}" in it
+            stands for the program's name.
+        errno: QEMU's error number, printed where qemu-img says nothing else; None: the command line prints `stock`.
+    """
+
+    def __init__(self, message: str = "", *, stock: str | None = None, errno: int | None = None) -> None:
+        self.stock = message if stock is None else stock
+        self.errno = errno
+        super().__init__(message)
 
 
 class FormatError(QcowError):
@@ -31,14 +43,17 @@ class FormatError(QcowError):
         structure: the structure in the specification's words ("header", "L2 table", "snapshot table").
         host_offset: where in the host file, in bytes; None when the rule concerns no single place.
         rule: the rule that is broken, as a short clause.
+        stock, errno: as for `QcowError`.
     """
 
-    def __init__(self, structure: str, host_offset: int | None, rule: str) -> None:
+    def __init__(
+        self, structure: str, host_offset: int | None, rule: str, *, stock: str | None = None, errno: int | None = None
+    ) -> None:
         self.structure = structure
         self.host_offset = host_offset
         self.rule = rule
         where = "" if host_offset is None else f" at host offset {host_offset:#x}"
-        super().__init__(f"{structure}{where}: {rule}")
+        super().__init__(f"{structure}{where}: {rule}", stock=stock, errno=errno)
 
 
 class UnsupportedFeature(FormatError):
@@ -88,7 +103,7 @@ class StorageError(QcowError):
         self.name = name
         self.action = action
         self.cause = cause
-        super().__init__(f"Could not {action} '{name}': {cause.strerror or cause}")
+        super().__init__(f"Could not {action} '{name}': {cause.strerror or cause}", errno=cause.errno)
 
 
 class SnapshotError(QcowError):

@@ -17,6 +17,7 @@ from qcowlib.cli.common import (
     cache_mode,
     report_error,
     size_argument,
+    stock_text,
 )
 from qcowlib.cli.creation_options import (
     library_options,
@@ -164,8 +165,8 @@ def _about_target(target: _Target, error: QcowError, *, create: bool) -> QcowErr
     if not create and isinstance(error, OptionError | ImageStateError) and not isinstance(error, ImageLocked):
         return error
     if not create:
-        return CommandFailed(f"Could not open '{target.text}': {error}")
-    return CommandFailed(f"{target.text}: error while converting {target.format}: {error}")
+        return CommandFailed(f"Could not open '{target.text}': {stock_text(error)}")
+    return CommandFailed(f"{target.text}: error while converting {target.format}: {stock_text(error)}")
 
 
 @contextmanager
@@ -204,7 +205,7 @@ def _open_snapshot(image: Qcow2Image | RawImage, selection: dict[str, str]) -> R
     try:
         return image.open_snapshot(**selection)
     except QcowError as error:
-        raise CommandFailed(f"Failed to load snapshot: {error}") from error
+        raise CommandFailed(f"Failed to load snapshot: {stock_text(error)}") from error
 
 
 def _target(arguments: Arguments, filename: str, option_text: str | None) -> _Target:

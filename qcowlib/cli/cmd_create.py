@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qcowlib.cli.common import OBJECT, QUIET, SHORT_FORMAT, CommandFailed, size_argument
+from qcowlib.cli.common import OBJECT, QUIET, SHORT_FORMAT, CommandFailed, size_argument, stock_text
 from qcowlib.cli.creation_options import (
     formatting_line,
     library_options,
@@ -53,7 +53,7 @@ def run(arguments: Arguments) -> int:
     except CommandFailed:
         raise
     except QcowError as error:
-        raise OptionError(f"{operands[0]}: {error}") from error
+        raise OptionError(f"{operands[0]}: {stock_text(error)}") from error
     return 0
 
 
@@ -148,4 +148,4 @@ def _look_at_backing(filename: str, backing: str, backing_format: str | None) ->
         with open_image(name.reference, force_share=True, open_backing=False) as image:
             return image.format, image.size
     except QcowError as error:
-        raise OptionError(f"{error}\nCould not open backing image.") from error
+        raise OptionError(f"{stock_text(error)}\nCould not open backing image.") from error

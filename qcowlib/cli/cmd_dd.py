@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from qcowlib.cli.common import FORCE_SHARE, IMAGE_OPTS, OBJECT, SHORT_FORMAT, CommandFailed, report, size_argument
+from qcowlib.cli.common import (
+    FORCE_SHARE,
+    IMAGE_OPTS,
+    OBJECT,
+    SHORT_FORMAT,
+    CommandFailed,
+    report,
+    size_argument,
+    stock_text,
+)
 from qcowlib.cli.creation_options import require_creatable
 from qcowlib.cli.opening import KNOWN_FORMATS, ImageName, image_name, open_image_name
 from qcowlib.cli.options import Arguments, Option, Syntax
@@ -58,7 +67,7 @@ def run(arguments: Arguments) -> int:
         except CommandFailed:
             raise
         except QcowError as error:
-            raise CommandFailed(f"{output}: error while creating output image: {error}") from error
+            raise CommandFailed(f"{output}: error while creating output image: {stock_text(error)}") from error
     if part.beyond_end:
         report(f"{operands['if']}: cannot skip to specified offset")
     return 0

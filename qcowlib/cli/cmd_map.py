@@ -15,6 +15,7 @@ from qcowlib.cli.common import (
     CommandFailed,
     one_filename,
     size_argument,
+    stock_text,
     wants_json,
 )
 from qcowlib.cli.opening import image_name, open_image_name
@@ -65,7 +66,7 @@ def _readable(rows: Iterator[MapRow]) -> Iterator[MapRow]:
     try:
         yield from rows
     except QcowError as error:
-        raise CommandFailed(f"Could not read file metadata: {error}") from error
+        raise CommandFailed(f"Could not read file metadata: {stock_text(error)}") from error
 
 
 def _print_table(rows: Iterator[MapRow]) -> None:

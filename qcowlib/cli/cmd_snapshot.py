@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from qcowlib.cli.common import FORCE_SHARE, IMAGE_OPTS, OBJECT, OUTPUT, QUIET, CommandFailed, one_filename, wants_json
+from qcowlib.cli.common import (
+    FORCE_SHARE,
+    IMAGE_OPTS,
+    OBJECT,
+    OUTPUT,
+    QUIET,
+    CommandFailed,
+    one_filename,
+    report,
+    stock_errno,
+    stock_text,
+    wants_json,
+)
 from qcowlib.cli.opening import image_name, open_image_name, open_image_name_for_writing
 from qcowlib.cli.options import Arguments, Option, Syntax, UsageError
 from qcowlib.cli.qapi import dumps
 from qcowlib.cli.snapshot_text import print_snapshot_table, snapshot_members
-from qcowlib.errors import NoSuchSnapshot, QcowError
+from qcowlib.errors import FormatError, NoSuchSnapshot, QcowError
 
 SYNTAX = Syntax(
     "snapshot",
@@ -78,8 +90,20 @@ def _change(arguments: Arguments, filename: str, action: str, snapshot: str) -> 
         except NoSuchSnapshot:
             raise CommandFailed(f"Could not {action} snapshot '{snapshot}': {_MISSING[action]}") from None
         except QcowError as error:
-            raise CommandFailed(f"Could not {action} snapshot '{snapshot}': {error}") from error
+            raise CommandFailed(f"Could not {action} snapshot '{snapshot}': {_reason(action, error)}") from error
     return 0
+
+
+def _reason(action: str, error: QcowError) -> str:
+    """Why it was not done, as qemu-img puts it: for two of the actions it knows an error number only."""
+    words = stock_errno(error)
+    if words is None or action == "delete":
+        return stock_text(error)
+    if action == "create":
+        return f"-{error.errno} ({words})"
+    if isinstance(error, FormatError):
+        report(stock_text(error))
+    return f"Failed to load snapshot: {words}"
 
 
 # What a raw image answers, and a snapshot that is not there.

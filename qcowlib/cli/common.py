@@ -58,10 +58,20 @@ def report(message: str, *, repeat: bool = False, end: str = "\n") -> None:
     print(prefix + (message.replace("\n", "\n" + prefix) if repeat else message), end=end, file=sys.stderr)
 
 
+def stock_text(error: QcowError) -> str:
+    """What qemu-img says where this error occurs; several lines when there are hints."""
+    return error.stock.replace("{program}", program_name())
+
+
+def stock_errno(error: QcowError) -> str | None:
+    """The words for QEMU's error number, where qemu-img says nothing else; None where there is no such number."""
+    return None if error.errno is None else os.strerror(error.errno)
+
+
 def report_error(error: QcowError) -> int:
     """Print an error that ends a command; returns the exit code for it."""
     cause = error.__cause__ or error
-    text = "; ".join([str(error), *getattr(cause, "__notes__", ())])  # a note says what was lost on the way
+    text = "; ".join([stock_text(error), *getattr(cause, "__notes__", ())])  # a note says what was lost on the way
     if isinstance(error, CommandFailed):
         report(text, repeat=error.repeat, end=error.end)
         return error.code

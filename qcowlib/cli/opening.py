@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
-from qcowlib.cli.common import CommandFailed, program_name, report
+from qcowlib.cli.common import CommandFailed, program_name, report, stock_text
 from qcowlib.cli.options import Arguments, parse_key_values
 from qcowlib.cli.qapi import Value, dumps
 from qcowlib.cli.secrets import read_secrets
@@ -186,7 +186,7 @@ def not_opened(name: ImageName, error: QcowError) -> CommandFailed:
     """The message for an image that cannot be opened."""
     if isinstance(error, StorageError) and "driver requires" in str(error.cause.strerror):
         error = OptionError(str(error.cause.strerror))  # what is no file at all: qemu-img says so without a prefix
-    return CommandFailed(f"Could not open '{name.text}': {error}")
+    return CommandFailed(f"Could not open '{name.text}': {stock_text(error)}")
 
 
 def _parsed(text: str, name: str, image_format: str | None, secrets: dict[str, bytes]) -> ImageName:
@@ -199,7 +199,7 @@ def _parsed(text: str, name: str, image_format: str | None, secrets: dict[str, b
     try:
         reference = parse_image_name(name)
     except ChainError as error:
-        raise CommandFailed(f"Could not open '{text}': {error}") from None
+        raise CommandFailed(f"Could not open '{text}': {stock_text(error)}") from None
     if image_format is not None:
         if reference.format not in (None, image_format):
             raise CommandFailed(f"Could not open '{text}': Driver specified twice")

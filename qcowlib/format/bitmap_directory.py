@@ -116,20 +116,23 @@ def parse_bitmap_directory(data: bytes, extension: BitmapsExtension) -> list[Bit
     Raises:
         CorruptMetadata: entries reach beyond the directory or do not fill it, or their number is another.
     """
+    if not data:
+        raise _damage(extension, "has no bytes", "Requested bitmap directory size is zero")
     entries: list[BitmapEntry] = []
     position = 0
     while position < len(data):
         if len(entries) == extension.count:
-            raise _damage(extension, f"holds more than the {extension.count} bitmaps that the header announces")
+            rule = f"holds more than the {extension.count} bitmaps that the header announces"
+            raise _damage(extension, rule, "More bitmaps found than specified in header extension")
         head_end = position + BITMAP_ENTRY.size
         if head_end > len(data):
-            raise _damage(extension, f"its entry {len(entries)} is cut short")
+            raise _damage(extension, f"its entry {len(entries)} is cut short", "Broken bitmap directory")
         fields = BITMAP_ENTRY.parse(data[position:head_end], "bitmap directory entry")
         name_start = head_end + fields.pop("extra_data_size")
         name_end = name_start + fields.pop("name_size")
         end = name_end + -name_end % 8
         if end > len(data):
-            raise _damage(extension, f"its entry {len(entries)} is cut short")
+            raise _damage(extension, f"its entry {len(entries)} is cut short", "Broken bitmap directory")
         name, rest = decode_text(data[name_start:name_end])
         entry = BitmapEntry(
             **fields,
@@ -141,12 +144,13 @@ def parse_bitmap_directory(data: bytes, extension: BitmapsExtension) -> list[Bit
         entries.append(entry)
         position = end
     if len(entries) != extension.count:
-        raise _damage(extension, f"holds {len(entries)} bitmaps where the header announces {extension.count}")
+        rule = f"holds {len(entries)} bitmaps where the header announces {extension.count}"
+        raise _damage(extension, rule, "Less bitmaps found than specified in header extension")
     return entries
 
 
-def _damage(extension: BitmapsExtension, rule: str) -> CorruptMetadata:
-    return CorruptMetadata("bitmap directory", extension.directory_offset, rule)
+def _damage(extension: BitmapsExtension, rule: str, stock: str) -> CorruptMetadata:
+    return CorruptMetadata("bitmap directory", extension.directory_offset, rule, stock=stock)
 
 
 def build_bitmap_directory(entries: Iterable[BitmapEntry]) -> bytes:
@@ -174,26 +178,33 @@ def check_bitmap_entry(entry: BitmapEntry, cluster_size: int, disk_size: int) ->
         UnsupportedFeature: another type, a granularity or extra data that QEMU does not support.
         CorruptMetadata: the bitmap table cannot be right.
     """
-    where = f"bitmap '{entry.name}'"
+    where, stock = f"bitmap '{entry.name}'", f"Bitmap '{entry.name}' doesn't satisfy the constraints"
+
+    def unsupported(rule: str) -> UnsupportedFeature:
+        return UnsupportedFeature(where, None, rule, stock=stock)
+
+    def damaged(rule: str) -> CorruptMetadata:
+        return CorruptMetadata(where, entry.table_offset, rule, stock=stock)
+
     if entry.extra_data:
-        raise UnsupportedFeature(where, None, "extra data is not supported")
+        rule = "extra data is not supported"
+        raise UnsupportedFeature(where, None, rule, stock="Bitmap extra data is not supported")
     if entry.type != k.BITMAP_TYPE_DIRTY_TRACKING:
-        raise UnsupportedFeature(where, None, f"its type {entry.type} is not known")
+        raise unsupported(f"its type {entry.type} is not known")
     if entry.flags & ~_SUPPORTED_FLAGS:
-        raise UnsupportedFeature(where, None, f"its flags {entry.flags:#x} are not known")
+        raise unsupported(f"its flags {entry.flags:#x} are not known")
     if not k.MIN_BITMAP_GRANULARITY_BITS <= entry.granularity_bits <= k.MAX_BITMAP_GRANULARITY_BITS:
-        raise UnsupportedFeature(where, None, f"its granularity of 2^{entry.granularity_bits} bytes is not supported")
+        raise unsupported(f"its granularity of 2^{entry.granularity_bits} bytes is not supported")
     if len(encode_text(entry.name, where)) + len(entry.name_rest) > k.MAX_BITMAP_NAME:
-        raise CorruptMetadata(where, None, f"its name is longer than {k.MAX_BITMAP_NAME} bytes")
+        raise damaged(f"its name is longer than {k.MAX_BITMAP_NAME} bytes")
     if not entry.table_offset or entry.table_offset % cluster_size:
-        raise CorruptMetadata(where, entry.table_offset, "its table is not at a cluster boundary behind the header")
+        raise damaged("its table is not at a cluster boundary behind the header")
     bitmap_bytes = entry.table_size * cluster_size
     if not 0 < bitmap_bytes <= k.MAX_BITMAP_BYTES or entry.table_size > k.MAX_BITMAP_TABLE_ENTRIES:
-        raise CorruptMetadata(where, entry.table_offset, f"its table of {entry.table_size} entries is out of bounds")
+        raise damaged(f"its table of {entry.table_size} entries is out of bounds")
     needed = bitmap_table_entries(disk_size, entry.granularity_bits, cluster_size)
     if not entry.flags & BitmapFlags.IN_USE and entry.table_size != needed:
-        rule = f"its table has {entry.table_size} entries where a disk of {disk_size} bytes needs {needed}"
-        raise CorruptMetadata(where, entry.table_offset, rule)
+        raise damaged(f"its table has {entry.table_size} entries where a disk of {disk_size} bytes needs {needed}")
 
 
 def bitmap_table_entries(disk_size: int, granularity_bits: int, cluster_size: int) -> int:

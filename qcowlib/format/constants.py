@@ -49,6 +49,7 @@ MAX_L1_ENTRIES = MAX_L1_SIZE // L1_ENTRY_SIZE
 REFCOUNT_TABLE_ENTRY_SIZE = 8
 MAX_REFCOUNT_TABLE_SIZE = 8 * MIB
 MAX_HOST_OFFSET = (1 << 56) - 1  # of standard clusters and of tables
+MAX_INT32 = (1 << 31) - 1
 MAX_INT64 = (1 << 63) - 1
 
 # Snapshot table.

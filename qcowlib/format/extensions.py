@@ -132,7 +132,8 @@ def parse_extensions(area: bytes, start: int) -> ExtensionArea:
 
 
 def _too_large(host_offset: int) -> FormatError:
-    return FormatError("header extension", host_offset, "reaches beyond the area for header extensions")
+    rule = "reaches beyond the area for header extensions"
+    return FormatError("header extension", host_offset, rule, stock="Header extension too large")
 
 
 def parse_bitmaps_extension(data: bytes, cluster_size: int) -> BitmapsExtension:
@@ -146,20 +147,26 @@ def parse_bitmaps_extension(data: bytes, cluster_size: int) -> BitmapsExtension:
         raise CorruptMetadata(structure, None, f"has {len(data)} bytes instead of {BITMAPS_EXTENSION.size}")
     fields = BITMAPS_EXTENSION.parse(data, structure)
     if fields.pop("reserved"):
-        raise CorruptMetadata(structure, None, "a reserved field is not zero")
+        stock = "bitmaps_ext: Reserved field is not zero"
+        raise CorruptMetadata(structure, None, "a reserved field is not zero", stock=stock)
     extension = BitmapsExtension(**fields)
-    if not 1 <= extension.count <= MAX_BITMAPS:
-        raise CorruptMetadata(
-            structure, None, f"the number of bitmaps, {extension.count}, is not within 1 to {MAX_BITMAPS}"
+    count, offset, size = extension.count, extension.directory_offset, extension.directory_size
+    if not 1 <= count <= MAX_BITMAPS:
+        rule = f"the number of bitmaps, {count}, is not within 1 to {MAX_BITMAPS}"
+        stock = (
+            f"bitmaps_ext: Image has {count} bitmaps, exceeding the QEMU supported maximum of {MAX_BITMAPS}"
+            if count
+            else "found bitmaps extension with zero bitmaps"
         )
-    if extension.directory_offset % cluster_size:
-        raise CorruptMetadata("bitmap directory", extension.directory_offset, "is not cluster aligned")
-    if extension.directory_size > MAX_BITMAP_DIRECTORY_SIZE:
-        raise CorruptMetadata(
-            "bitmap directory",
-            extension.directory_offset,
-            f"its size of {extension.directory_size} bytes exceeds the limit of {MAX_BITMAP_DIRECTORY_SIZE}",
-        )
+        raise CorruptMetadata(structure, None, rule, stock=stock)
+    if offset % cluster_size:
+        stock = "bitmaps_ext: invalid bitmap directory offset"
+        raise CorruptMetadata("bitmap directory", offset, "is not cluster aligned", stock=stock)
+    if size > MAX_BITMAP_DIRECTORY_SIZE:
+        rule = f"its size of {size} bytes exceeds the limit of {MAX_BITMAP_DIRECTORY_SIZE}"
+        maximum = f"exceeds the maximum supported size ({MAX_BITMAP_DIRECTORY_SIZE})"
+        stock = f"bitmaps_ext: bitmap directory size ({size}) {maximum}"
+        raise CorruptMetadata("bitmap directory", offset, rule, stock=stock)
     return extension
 
 
@@ -171,10 +178,13 @@ def parse_crypto_header(data: bytes, cluster_size: int) -> CryptoHeader:
     """
     structure = "encryption header pointer"
     if len(data) != CRYPTO_EXTENSION.size:
-        raise CorruptMetadata(structure, None, f"has {len(data)} bytes instead of {CRYPTO_EXTENSION.size}")
+        rule = f"has {len(data)} bytes instead of {CRYPTO_EXTENSION.size}"
+        stock = f"CRYPTO header extension size {len(data)}, but expected size {CRYPTO_EXTENSION.size}"
+        raise CorruptMetadata(structure, None, rule, stock=stock)
     pointer = CryptoHeader(**CRYPTO_EXTENSION.parse(data, structure))
     if pointer.offset % cluster_size:
-        raise CorruptMetadata("encryption header", pointer.offset, "is not cluster aligned")
+        stock = f"Encryption header offset '{pointer.offset}' is not a multiple of cluster size '{cluster_size}'"
+        raise CorruptMetadata("encryption header", pointer.offset, "is not cluster aligned", stock=stock)
     return pointer
 
 

@@ -77,11 +77,14 @@ QEMU_FEATURE_NAMES: tuple[FeatureName, ...] = (
 
 
 def parse_feature_names(data: bytes) -> tuple[FeatureName, ...]:
-    """Entries of a feature name table; a last entry that is cut short is left out."""
+    """Entries of a feature name table; a last entry that is cut short is completed with zeroes, as QEMU does."""
     names = []
-    for start in range(0, len(data) - FEATURE_NAME.size + 1, FEATURE_NAME.size):
-        fields = FEATURE_NAME.parse(data[start : start + FEATURE_NAME.size], _STRUCTURE)
-        names.append(FeatureName(fields["kind"], fields["bit"], decode_text(fields["name"])[0]))
+    for start in range(0, len(data), FEATURE_NAME.size):
+        entry = data[start : start + FEATURE_NAME.size].ljust(FEATURE_NAME.size, b"\0")
+        fields = FEATURE_NAME.parse(entry, _STRUCTURE)
+        name = decode_text(fields["name"])[0]
+        if name or start + FEATURE_NAME.size <= len(data):
+            names.append(FeatureName(fields["kind"], fields["bit"], name))
     return tuple(names)
 
 

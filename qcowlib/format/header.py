@@ -185,9 +185,11 @@ class Header:
             FormatError: a rule does not hold.
         """
         if self.autoclear_features & Autoclear.RAW_EXTERNAL and not self.has_data_file:
-            raise FormatError("header", 88, "the raw external data bit is set without an external data file")
+            rule = "the raw external data bit is set without an external data file"
+            raise FormatError("header", 88, rule, stock="data-file-raw requires a data file")
         if self.crypt_method == k.CRYPT_LUKS and self.crypto_header is None:
-            raise FormatError("header", 32, "the encryption method LUKS needs an encryption header pointer")
+            rule = "the encryption method LUKS needs an encryption header pointer"
+            raise FormatError("header", 32, rule, stock="Missing CRYPTO header for crypt method 2")
 
     def with_extension(self, magic: int, extension: HeaderExtension | None) -> tuple[HeaderExtension, ...]:
         """The extensions with those of a type replaced by one (or by none), in QEMU's order.
@@ -319,7 +321,8 @@ def parse_header(data: bytes, file_size: int | None = None, *, for_check: bool =
         raise area.error
     check_extensions(fields, area.extensions)
     if name_offset and name_size > min(k.MAX_BACKING_FILE_NAME, cluster_size - name_offset):
-        raise FormatError("backing file name", name_offset, f"its {name_size} bytes are too long")
+        rule = f"its {name_size} bytes are too long"
+        raise FormatError("backing file name", name_offset, rule, stock="Backing file name too long")
 
     area_end = header_length + area.end
     name_end = name_offset + name_size if name_offset else 0
@@ -334,7 +337,7 @@ def parse_header(data: bytes, file_size: int | None = None, *, for_check: bool =
 def _parse_fields(data: bytes) -> dict[str, Any]:
     """The fields of the fixed part; version 2 gets the values that it implies."""
     if data[:4] != k.MAGIC:
-        raise FormatError("header", 0, "is not that of a qcow2 image")
+        raise FormatError("header", 0, "is not that of a qcow2 image", stock="Image is not in qcow2 format")
     fields = HEADER_V2.parse(data, "header", 0)
     version = fields["version"]
     if version == 3:
@@ -342,7 +345,8 @@ def _parse_fields(data: bytes) -> dict[str, Any]:
     elif version == 2:
         fields |= {"refcount_order": k.V2_REFCOUNT_ORDER, "header_length": k.V2_HEADER_LENGTH}
     else:
-        raise UnsupportedFeature("header", 4, f"Unsupported qcow2 version {version}")
+        rule = f"Unsupported qcow2 version {version}"
+        raise UnsupportedFeature("header", 4, rule, stock=rule)
     del fields["magic"]
     return fields
 

@@ -7,9 +7,10 @@ Limits are checked before anything is multiplied.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from errno import EFBIG, EINVAL
 from typing import Any
 
-from qcowlib.addresses import Geometry
+from qcowlib.addresses import SUBCLUSTERS_PER_CLUSTER, Geometry
 from qcowlib.errors import CorruptMetadata, FormatError, UnsupportedFeature
 from qcowlib.format import constants as k
 from qcowlib.format.extensions import HeaderExtension, parse_bitmaps_extension, parse_crypto_header
@@ -32,15 +33,19 @@ def check_structure(fields: Fields) -> None:
     """
     cluster_bits = fields["cluster_bits"]
     if not k.MIN_CLUSTER_BITS <= cluster_bits <= k.MAX_CLUSTER_BITS:
-        raise UnsupportedFeature("header", 20, f"Unsupported cluster size: 2^{cluster_bits}")
+        rule = f"Unsupported cluster size: 2^{cluster_bits}"
+        raise UnsupportedFeature("header", 20, rule, stock=rule)
     cluster_size = 1 << cluster_bits
     header_length = fields["header_length"]
     if fields["version"] > 2 and header_length < k.V3_MIN_HEADER_LENGTH:
-        raise FormatError("header", 100, f"the header length {header_length} is less than {k.V3_MIN_HEADER_LENGTH}")
+        rule = f"the header length {header_length} is less than {k.V3_MIN_HEADER_LENGTH}"
+        raise FormatError("header", 100, rule, stock="qcow2 header too short")
     if header_length > cluster_size:
-        raise FormatError("header", 100, f"the header length {header_length} exceeds the cluster size")
+        rule = f"the header length {header_length} exceeds the cluster size"
+        raise FormatError("header", 100, rule, stock="qcow2 header exceeds cluster size")
     if fields["backing_file_offset"] > cluster_size:
-        raise FormatError("header", 8, "the backing file name lies outside of the first cluster")
+        rule = "the backing file name lies outside of the first cluster"
+        raise FormatError("header", 8, rule, stock="Invalid backing file offset")
 
 
 def check_features(fields: Fields, extensions: Iterable[HeaderExtension]) -> None:
@@ -53,23 +58,31 @@ def check_features(fields: Fields, extensions: Iterable[HeaderExtension]) -> Non
     compression_type = fields.get("compression_type", k.COMPRESSION_ZLIB)
     incompatible = fields.get("incompatible_features", 0)
     if compression_type not in (k.COMPRESSION_ZLIB, k.COMPRESSION_ZSTD):
-        raise UnsupportedFeature(
-            "header", k.COMPRESSION_TYPE_OFFSET, f"the compression type {compression_type} is not known"
-        )
-    if (compression_type != k.COMPRESSION_ZLIB) != bool(incompatible & Incompatible.COMPRESSION):
+        rule = f"the compression type {compression_type} is not known"
+        stock = f"qcow2: unknown compression type: {compression_type}"
+        raise UnsupportedFeature("header", k.COMPRESSION_TYPE_OFFSET, rule, stock=stock)
+    wanted = compression_type != k.COMPRESSION_ZLIB
+    if wanted != bool(incompatible & Incompatible.COMPRESSION):
         rule = f"the compression type bit contradicts the compression type {compression_type}"
-        raise FormatError("header", 72, rule)
+        stock = f"qcow2: Compression type incompatible feature bit must {'' if wanted else 'not '}be set"
+        raise FormatError("header", 72, rule, stock=stock)
     unknown = incompatible & ~KNOWN_INCOMPATIBLE
     if unknown:
         tables = [extension.data for extension in extensions if extension.magic == k.EXTENSION_FEATURE_NAMES]
         names = parse_feature_names(tables[-1]) if tables else ()
-        raise UnsupportedFeature("header", 72, describe_unknown_incompatible(unknown, names))
+        rule = describe_unknown_incompatible(unknown, names)
+        raise UnsupportedFeature("header", 72, rule, stock=rule)
     if incompatible & Incompatible.EXTENDED_L2 and fields["cluster_bits"] < k.MIN_EXTENDED_L2_CLUSTER_BITS:
-        raise FormatError("header", 20, f"clusters of 2^{fields['cluster_bits']} bytes are too small for subclusters")
+        rule = f"clusters of 2^{fields['cluster_bits']} bytes are too small for subclusters"
+        stock = f"Unsupported subcluster size: {(1 << fields['cluster_bits']) // SUBCLUSTERS_PER_CLUSTER}"
+        raise FormatError("header", 20, rule, stock=stock)
     if fields["refcount_order"] > k.MAX_REFCOUNT_ORDER:
-        raise FormatError("header", 96, "refcounts are wider than 64 bits")
+        stock = "Reference count entry width too large; may not exceed 64 bits"
+        raise FormatError("header", 96, "refcounts are wider than 64 bits", stock=stock)
     if fields["crypt_method"] > k.CRYPT_LUKS:
-        raise UnsupportedFeature("header", 32, f"the encryption method {fields['crypt_method']} is not known")
+        rule = f"the encryption method {fields['crypt_method']} is not known"
+        stock = f"Unsupported encryption method {fields['crypt_method']}"
+        raise UnsupportedFeature("header", 32, rule, stock=stock)
 
 
 def check_tables(fields: Fields, *, for_check: bool) -> None:
@@ -84,7 +97,8 @@ def check_tables(fields: Fields, *, for_check: bool) -> None:
     """
     cluster_size = 1 << fields["cluster_bits"]
     if not fields["refcount_table_clusters"] and not for_check:
-        raise FormatError("header", 56, "the image has no refcount table")
+        stock = "Image does not contain a reference count table"
+        raise FormatError("header", 56, "the image has no refcount table", stock=stock)
     _check_table(
         "refcount table",
         fields["refcount_table_offset"],
@@ -102,7 +116,8 @@ def check_tables(fields: Fields, *, for_check: bool) -> None:
     needed = Geometry(fields["cluster_bits"], extended_l2=extended_l2).l1_entries_for(fields["size"])
     if fields["size"] > k.MAX_INT64 or needed > l1_size:
         rule = f"the L1 table's {l1_size} entries are too few for a disk of {fields['size']} bytes"
-        raise FormatError("header", 36, rule)
+        stock = "Image is too big" if needed > k.MAX_INT32 else "L1 table is too small"
+        raise FormatError("header", 36, rule, stock=stock)
 
 
 def check_snapshot_table_place(offset: int, count: int, cluster_size: int) -> None:
@@ -115,12 +130,23 @@ def check_snapshot_table_place(offset: int, count: int, cluster_size: int) -> No
 
 
 def _check_table(structure: str, offset: int, count: int, entry_size: int, limit: int, cluster_size: int) -> None:
+    name = _STOCK_TABLE_NAMES[structure]
     if count > limit:
-        raise FormatError(structure, offset, f"its size of {count} exceeds the limit of {limit}")
+        rule = f"its size of {count} exceeds the limit of {limit}"
+        raise FormatError(structure, offset, rule, stock=f"{name} too large", errno=EFBIG)
+    invalid = f"{name} offset invalid"
     if offset + count * entry_size > k.MAX_INT64:
-        raise FormatError(structure, offset, "lies beyond any file")
+        raise FormatError(structure, offset, "lies beyond any file", stock=invalid, errno=EINVAL)
     if offset % cluster_size:
-        raise FormatError(structure, offset, "is not cluster aligned")
+        raise FormatError(structure, offset, "is not cluster aligned", stock=invalid, errno=EINVAL)
+
+
+_STOCK_TABLE_NAMES = {
+    "refcount table": "Reference count table",
+    "snapshot table": "Snapshot table",
+    "L1 table": "Active L1 table",
+    "snapshot L1 table": "Snapshot L1 table",
+}
 
 
 def check_extensions(fields: Fields, extensions: Iterable[HeaderExtension]) -> None:
@@ -133,13 +159,17 @@ def check_extensions(fields: Fields, extensions: Iterable[HeaderExtension]) -> N
     for extension in extensions:
         length = len(extension.data)
         if extension.magic == k.EXTENSION_BACKING_FORMAT and length > k.MAX_BACKING_FORMAT_NAME:
-            raise CorruptMetadata("backing format", None, f"its name of {length} bytes is too long")
+            stock = f"ERROR: ext_backing_format: len={length} too large (>={k.MAX_BACKING_FORMAT_NAME + 1})"
+            raise CorruptMetadata("backing format", None, f"its name of {length} bytes is too long", stock=stock)
         if extension.magic == k.EXTENSION_CRYPTO_HEADER:
             if fields["crypt_method"] != k.CRYPT_LUKS:
-                raise CorruptMetadata("encryption header pointer", None, "is there though the encryption is not LUKS")
+                rule = "is there though the encryption is not LUKS"
+                stock = "CRYPTO header extension only expected with LUKS encryption method"
+                raise CorruptMetadata("encryption header pointer", None, rule, stock=stock)
             parse_crypto_header(extension.data, cluster_size)
         if extension.magic == k.EXTENSION_BITMAPS:
             if length != k.BITMAPS_EXTENSION_SIZE:
-                raise CorruptMetadata("bitmaps extension", None, f"has {length} bytes, not {k.BITMAPS_EXTENSION_SIZE}")
+                rule = f"has {length} bytes, not {k.BITMAPS_EXTENSION_SIZE}"
+                raise CorruptMetadata("bitmaps extension", None, rule, stock="bitmaps_ext: Invalid extension length")
             if fields.get("autoclear_features", 0) & Autoclear.BITMAPS:  # else its contents are not to be trusted
                 parse_bitmaps_extension(extension.data, cluster_size)

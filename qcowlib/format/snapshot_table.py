@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from errno import EFBIG
 
 from qcowlib.errors import CorruptMetadata, FormatError
 from qcowlib.format.constants import (
@@ -134,8 +135,7 @@ def parse_snapshot_table(read: ReadAt, header: Header, *, pad: bool = False) -> 
     """
     check_snapshot_table_place(header.snapshots_offset, header.nb_snapshots, header.cluster_size)
     source = _TableReader(read, header.snapshots_offset, pad)
-    last = header.nb_snapshots - 1
-    return [_parse_entry(source, is_last=index == last) for index in range(header.nb_snapshots)]
+    return [_parse_entry(source, index, header.nb_snapshots - index) for index in range(header.nb_snapshots)]
 
 
 def build_snapshot_table(entries: Iterable[SnapshotEntry]) -> bytes:
@@ -152,7 +152,8 @@ def build_snapshot_table(entries: Iterable[SnapshotEntry]) -> bytes:
         table += entry.build()
         padding = entry.padding
         if len(table) > MAX_SNAPSHOT_TABLE_SIZE:
-            raise FormatError("snapshot table", None, f"exceeds the limit of {MAX_SNAPSHOT_TABLE_SIZE} bytes")
+            rule = f"exceeds the limit of {MAX_SNAPSHOT_TABLE_SIZE} bytes"
+            raise FormatError("snapshot table", None, rule, errno=EFBIG)
     return bytes(table)
 
 
@@ -166,6 +167,7 @@ class _TableReader:
         self._chunk = b""
         self._chunk_start = 0
         self.position = 0
+        self.left = 0
 
     @property
     def host_offset(self) -> int:
@@ -174,7 +176,11 @@ class _TableReader:
     def take(self, length: int) -> bytes:
         if self.position + length > MAX_SNAPSHOT_TABLE_SIZE:
             rule = f"exceeds the limit of {MAX_SNAPSHOT_TABLE_SIZE} bytes"
-            raise CorruptMetadata("snapshot table", self._start, rule)
+            stock = (
+                f"Snapshot table is too big\nYou can force-remove all {self.left} overhanging snapshots with "
+                "{program} check -r all"
+            )
+            raise CorruptMetadata("snapshot table", self._start, rule, stock=stock, errno=EFBIG)
         skip = self.position - self._chunk_start
         if skip + length > len(self._chunk):
             self._chunk = self._read(self.host_offset, max(length, _CHUNK))
@@ -189,17 +195,22 @@ class _TableReader:
         return piece
 
 
-def _parse_entry(source: _TableReader, *, is_last: bool) -> SnapshotEntry:
+def _parse_entry(source: _TableReader, index: int, left: int) -> SnapshotEntry:
     start = source.host_offset
+    source.left = left
     fields = SNAPSHOT_HEADER.parse(source.take(SNAPSHOT_HEADER.size), _ENTRY, start)
     id_size, name_size, extra_size = fields.pop("id_size"), fields.pop("name_size"), fields.pop("extra_data_size")
     if extra_size > MAX_SNAPSHOT_EXTRA_DATA:
         rule = f"its extra data of {extra_size} bytes exceeds the limit of {MAX_SNAPSHOT_EXTRA_DATA}"
-        raise CorruptMetadata(_ENTRY, start, rule)
+        stock = (
+            f"Too much extra metadata in snapshot table entry {index}\n"
+            "You can force-remove this extra metadata with {program} check -r all"
+        )
+        raise CorruptMetadata(_ENTRY, start, rule, stock=stock, errno=EFBIG)
     extra = source.take(extra_size)
     snapshot_id, id_rest = decode_text(source.take(id_size))
     name, name_rest = decode_text(source.take(name_size))
-    padding = b"" if is_last else source.take(-source.position % 8)
+    padding = b"" if left == 1 else source.take(-source.position % 8)
 
     size_32 = fields.pop("vm_state_size")
     vm_state_size = int.from_bytes(extra[:8], "big") if extra_size >= 8 else size_32

@@ -95,4 +95,4 @@ def _chain_names(image: BlockImage) -> list[str]:
 
 
 def _unusable(error: QcowError) -> ChainError:
-    return ChainError(f"{error}\nCould not open backing image.")
+    return ChainError(f"{error}\nCould not open backing image.", stock=f"{error.stock}\nCould not open backing image.")

@@ -338,7 +338,7 @@ def _data_storage(header: Header, image_name: str, image_path: str, request: _Re
     try:
         return open_local(path, writable=request.writable, force_share=request.force_share)
     except QcowError as error:
-        raise ChainError(str(error)) from error
+        raise ChainError(str(error), stock=error.stock) from error
 
 
 class _NoPassphrase:
@@ -399,4 +399,5 @@ def _backing_image(
     except (ReferenceDenied, MissingDependency):
         raise
     except QcowError as error:
-        raise ChainError(f"Could not open backing file: {error}") from error
+        prefix = "Could not open backing file: "
+        raise ChainError(prefix + str(error), stock=prefix + error.stock) from error

@@ -5,6 +5,7 @@ Everything but the header is read at first use: `info` of an image with a damage
 
 from __future__ import annotations
 
+from errno import EFBIG, EINVAL
 from functools import cached_property
 
 import numpy as np
@@ -158,7 +159,9 @@ class Qcow2State:
             CorruptMetadata: the snapshot's L1 table is unaligned, too large or not wholly inside the file.
         """
         if entry.l1_table_offset & (self.geometry.cluster_size - 1):
-            raise CorruptMetadata("snapshot L1 table", entry.l1_table_offset, "is not cluster aligned")
+            stock = "Snapshot L1 table offset invalid"
+            rule = "is not cluster aligned"
+            raise CorruptMetadata("snapshot L1 table", entry.l1_table_offset, rule, stock=stock, errno=EINVAL)
         l1 = load_l1(self.storage, entry.l1_table_offset, entry.l1_size, "snapshot L1 table")
         return ClusterMapping(self.storage, self.tables, self.rules, l1)
 
@@ -187,7 +190,9 @@ def load_l1(storage: ReadStorage, offset: int, entries: int, structure: str) -> 
         CorruptMetadata: it is too large, overlaps the header, or is not wholly inside the file.
     """
     if entries * 8 > MAX_L1_SIZE:
-        raise CorruptMetadata(structure, offset, f"{entries} entries exceed the limit of {MAX_L1_SIZE} bytes")
+        rule = f"{entries} entries exceed the limit of {MAX_L1_SIZE} bytes"
+        stock = f"{structure[0].upper()}{structure[1:]} too large"
+        raise CorruptMetadata(structure, offset, rule, stock=stock, errno=EFBIG)
     if not entries:
         return np.zeros(0, dtype=ENTRY_DTYPE)
     if not offset:

@@ -6,6 +6,8 @@ loop in Python goes over batches of L2 tables and over refcount blocks only.
 
 from __future__ import annotations
 
+from errno import EAGAIN, EFBIG, EINVAL
+
 import numpy as np
 import numpy.typing as npt
 
@@ -25,6 +27,7 @@ from qcowlib.metadata.reference_counts import ReferenceCounts
 from qcowlib.metadata.references import L2Batch, l2_batches, require_sound_tables
 from qcowlib.metadata.regions import RegionKind
 from qcowlib.metadata.state import Qcow2State
+from qcowlib.metadata.transaction import MetadataTransaction
 from qcowlib.storage.protocol import Storage
 
 _BATCH_BYTES = 4 << 20
@@ -73,9 +76,8 @@ def require_room(refcounts: RefcountStructure, counts: ReferenceCounts) -> None:
             rule = f"refcount {stored[low[0]]} of a cluster with {counted[low[0]]} references; the image needs a repair"
             raise CorruptMetadata("refcount block", cluster << refcounts.cluster_bits, rule)
         if (stored.dtype.type(limit) - stored < counted).any():
-            raise SnapshotError(
-                f"a refcount width of {refcounts.width} bits cannot hold another reference to the clusters in use"
-            )
+            rule = f"a refcount width of {refcounts.width} bits cannot hold another reference to the clusters in use"
+            raise SnapshotError(rule, errno=EINVAL)
 
 
 def difference(
@@ -120,6 +122,25 @@ def freed_runs(refcounts: RefcountStructure, counts: ReferenceCounts) -> list[tu
         edges = np.flatnonzero(np.diff(np.concatenate(([False], free, [False])).astype(np.int8)))
         runs += [(first + int(a), int(b - a)) for a, b in zip(edges[::2], edges[1::2], strict=True)]
     return runs
+
+
+def release_tree(transaction: MetadataTransaction, counts: ReferenceCounts) -> None:
+    """Phase RELEASE for a tree that nothing on disk names any more."""
+    refcounts, bits = transaction.refcounts, transaction.state.geometry.cluster_bits
+    subtract_references(refcounts, counts)
+    refcounts.write_blocks()
+    for first, count in freed_runs(refcounts, counts):
+        transaction.storage.discard(first << bits, count << bits)
+    refcounts.rescan()
+    transaction.releases += 1
+
+
+def write_active_l1(transaction: MetadataTransaction) -> None:
+    """Write the active L1 table in place: for changes that may reach the file one by one."""
+    state = transaction.state
+    if len(state.l1):
+        state.regions.guard(state.header.l1_table_offset, state.l1.nbytes, RegionKind.L1_TABLE)
+        transaction.storage.pwrite(state.l1.tobytes(), state.header.l1_table_offset)
 
 
 def clear_copied(state: Qcow2State, storage: Storage, l1: Entries) -> None:
@@ -204,9 +225,18 @@ def _write_rows(state: Qcow2State, storage: Storage, batch: L2Batch, rows: Int64
         storage.pwrite(memoryview(words[row].view(np.uint8)), offset)
 
 
+# QEMU's failure to find, or to make, a refcount block for a cluster that lies there.
+_STOCK_ERRNO = {"l2-entry-reserved-bits": EFBIG, "reference-beyond-end": EAGAIN}
+
+
 def _add_scan(counts: ReferenceCounts, scan: L2Scan, batch: L2Batch, state: Qcow2State, times: int) -> None:
     for problem in scan.problems:
-        raise CorruptMetadata("L2 table", int(batch.host_offset[problem.row]), f"entry {problem.entry}: {problem.code}")
+        raise CorruptMetadata(
+            "L2 table",
+            int(batch.host_offset[problem.row]),
+            f"entry {problem.entry}: {problem.code}",
+            errno=_STOCK_ERRNO.get(problem.code),
+        )
     if state.header.has_data_file:
         return
     entries = state.geometry.l2_entries

@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from errno import EFBIG, ENOTSUP
 
 import numpy as np
 
@@ -30,8 +31,6 @@ from qcowlib.image.interface import BlockImage
 from qcowlib.image.qcow2 import find_snapshot
 from qcowlib.image.writable import WritableQcow2Image
 from qcowlib.metadata.heal import require_enough_refcounts
-from qcowlib.metadata.reference_counts import ReferenceCounts
-from qcowlib.metadata.regions import RegionKind
 from qcowlib.metadata.state import Qcow2State
 from qcowlib.metadata.transaction import MetadataTransaction
 from qcowlib.metadata.trees import (
@@ -39,10 +38,10 @@ from qcowlib.metadata.trees import (
     clear_copied,
     count_tree,
     difference,
-    freed_runs,
+    release_tree,
     require_room,
     set_copied,
-    subtract_references,
+    write_active_l1,
 )
 from qcowlib.metadata.vmstate import ByteStream, store_vmstate
 
@@ -113,7 +112,7 @@ def create_snapshot(
             _write_table(transaction, [*state.snapshots, entry])
             add_references(transaction.refcounts, counts)
             clear_copied(state, transaction.storage, disk)
-            _write_active_l1(transaction)
+            write_active_l1(transaction)
         transaction.commit()
         state.snapshots = [*state.snapshots, entry]
         return entry
@@ -158,7 +157,7 @@ def apply_snapshot(image: BlockImage, snapshot: str | SnapshotEntry) -> None:
             transaction.change_header(size=size)
         transaction.commit()
         with transaction.direct_writes():
-            _release_tree(transaction, less)
+            release_tree(transaction, less)
             state.refresh_regions()
 
 
@@ -189,9 +188,9 @@ def delete_snapshot(image: BlockImage, snapshot: str | SnapshotEntry) -> None:
         transaction.commit()
         state.snapshots = rest
         with transaction.direct_writes():
-            _release_tree(transaction, counts)
+            release_tree(transaction, counts)
             set_copied(state, transaction.storage, transaction.refcounts, state.l1)
-            _write_active_l1(transaction)
+            write_active_l1(transaction)
 
 
 def attach_vmstate(image: BlockImage, snapshot: str | SnapshotEntry, vmstate: ByteStream) -> SnapshotEntry:
@@ -242,9 +241,9 @@ def attach_vmstate(image: BlockImage, snapshot: str | SnapshotEntry, vmstate: By
         state.snapshots = rest
         if leftover.any():
             with transaction.direct_writes():
-                _release_tree(transaction, counts)
+                release_tree(transaction, counts)
                 set_copied(state, transaction.storage, transaction.refcounts, state.l1)
-                _write_active_l1(transaction)
+                write_active_l1(transaction)
         return new
 
 
@@ -261,21 +260,21 @@ def _session(image: BlockImage) -> Iterator[tuple[WritableQcow2Image, MetadataTr
 
 def _require_possible(target: WritableQcow2Image) -> None:
     if target.header.has_data_file:
-        raise SnapshotError("images with an external data file cannot have internal snapshots")
+        raise SnapshotError("images with an external data file cannot have internal snapshots", errno=ENOTSUP)
+    if target.header.nb_snapshots >= MAX_SNAPSHOTS:  # asked before the table is read: it may not be all there
+        raise SnapshotError(f"the image has {MAX_SNAPSHOTS} snapshots already", errno=EFBIG)
 
 
 def _require_fits(snapshots: list[SnapshotEntry]) -> None:
     new = snapshots[-1]
-    if len(snapshots) > MAX_SNAPSHOTS:
-        raise SnapshotError(f"the image has {MAX_SNAPSHOTS} snapshots already")
     if len(new.name.encode("utf-8", "surrogateescape")) > MAX_SNAPSHOT_STRING:
         raise SnapshotError("the snapshot's name is too long")
     try:
         length = len(build_snapshot_table(snapshots))
     except FormatError as error:
-        raise SnapshotError(str(error)) from error
+        raise SnapshotError(str(error), errno=error.errno) from error
     if length > MAX_SNAPSHOT_TABLE_SIZE:
-        raise SnapshotError("the snapshot table would become too large")
+        raise SnapshotError("the snapshot table would become too large", errno=EFBIG)
 
 
 def _find(target: WritableQcow2Image, snapshot: str | SnapshotEntry) -> SnapshotEntry:
@@ -303,14 +302,6 @@ def _write_l1_copy(transaction: MetadataTransaction, l1: Entries) -> int:
     return offset
 
 
-def _write_active_l1(transaction: MetadataTransaction) -> None:
-    """Write the active L1 table in place: only COPIED bits differ from what is there."""
-    state = transaction.state
-    if len(state.l1):
-        state.regions.guard(state.header.l1_table_offset, state.l1.nbytes, RegionKind.L1_TABLE)
-        transaction.storage.pwrite(state.l1.tobytes(), state.header.l1_table_offset)
-
-
 def _write_table(transaction: MetadataTransaction, snapshots: list[SnapshotEntry]) -> None:
     """Write the snapshot table into new clusters; LINK swings the header to it, RELEASE frees the old one."""
     state, bits = transaction.state, transaction.state.geometry.cluster_bits
@@ -329,17 +320,6 @@ def _write_table(transaction: MetadataTransaction, snapshots: list[SnapshotEntry
 
 def _table_clusters(state: Qcow2State, snapshots: list[SnapshotEntry]) -> int:
     return state.geometry.clusters_for(len(build_snapshot_table(snapshots)))
-
-
-def _release_tree(transaction: MetadataTransaction, counts: ReferenceCounts) -> None:
-    """Phase RELEASE for a tree that nothing on disk names any more."""
-    refcounts, bits = transaction.refcounts, transaction.state.geometry.cluster_bits
-    subtract_references(refcounts, counts)
-    refcounts.write_blocks()
-    for first, count in freed_runs(refcounts, counts):
-        transaction.storage.discard(first << bits, count << bits)
-    refcounts.rescan()
-    transaction.releases += 1
 
 
 def _common(one: Entries, other: Entries) -> Entries:

@@ -26,6 +26,7 @@ def test_names_by_hand() -> None:
     names = (FeatureName(0, 5, "five"), FeatureName(2, 1, "n" * 46))
     assert parse_feature_names(data) == names
     assert parse_feature_names(data + b"\0" * 47) == names
+    assert parse_feature_names(data + b"\0\7cut") == (*names, FeatureName(0, 7, "cut"))
     assert build_feature_names(names) == data
     assert parse_feature_names(b"\xff\xff" + b"\xfe".ljust(46, b"\0")) == (FeatureName(255, 255, "\udcfe"),)
 
