@@ -23,8 +23,6 @@ class DomainDescription:
         command: what starts the domain: arguments with the placeholders {qmp}, {incoming}, {disk:TARGET} and
             {format:TARGET}; empty when the source names none.
         agent_socket: absolute path of the guest agent's socket.
-        memory_size: bytes of RAM, if said.
-        machine: machine type, if said.
         path: absolute path of the source.
         xml: libvirt's XML of the domain, when that is the source.
     """
@@ -34,10 +32,13 @@ class DomainDescription:
     qmp_socket: str | None = None
     command: tuple[str, ...] = ()
     agent_socket: str | None = None
-    memory_size: int | None = None
-    machine: str | None = None
     path: str | None = None
     xml: bytes | None = None
+
+    @property
+    def folder(self) -> str | None:
+        """The directory that relative names in the command are relative to."""
+        return None if self.path is None else os.path.dirname(self.path)
 
 
 def checked(description: DomainDescription) -> DomainDescription:

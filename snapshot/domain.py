@@ -44,6 +44,11 @@ class Description(Protocol):
         ...
 
     @property
+    def folder(self) -> str | None:
+        """The directory in which the command is run; None: the present one."""
+        ...
+
+    @property
     def agent_socket(self) -> str | None:
         """Path of the guest agent's socket."""
         ...

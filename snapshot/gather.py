@@ -84,6 +84,7 @@ def revert_request(
         options=options,
         described={} if description is None else {disk.target: disk.path for disk in description.disks},
         command=() if description is None else tuple(description.command),
+        folder=None if description is None else description.folder,
         socket=_socket(domain),
         layers=layers,
         current=catalog.current,

@@ -42,6 +42,7 @@ class RevertRequest:
         snapshot, facts, options: what, from where, how.
         described: path of each disk in the domain's description, by target.
         command: the domain's start command; empty when it is not known.
+        folder: the directory in which it is run; None: the present one.
         socket: path of its QMP socket.
         layers: paths of the active layers as the journal has them.
         current: name of the current snapshot.
@@ -65,6 +66,7 @@ class RevertRequest:
     dependents: Mapping[str, Sequence[str]]
     missing: Sequence[str]
     stems: Mapping[str, str]
+    folder: str | None = None
 
     @property
     def chosen(self) -> list[DiskSnapshot]:
@@ -322,6 +324,7 @@ def _start_step(request: RevertRequest) -> Step:
     incoming = ["-S", "-incoming", "defer"] if from_file else ["-S"]
     arguments: dict[str, Any] = {
         "command": fill_command(request.command, values, incoming),
+        "folder": request.folder,
         "socket": socket,
         "final": final,
         "memory": memory.file if from_file else None,

@@ -35,7 +35,12 @@ def start(session: Session, arguments: Arguments) -> None:
     log = arguments["log"]
     with open(log, "wb") as output:
         process = subprocess.Popen(
-            arguments["command"], stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+            arguments["command"],
+            cwd=arguments["folder"],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
         )
     with open(arguments["pid_file"], "w", encoding="ascii") as file:
         file.write(str(process.pid))

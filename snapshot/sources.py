@@ -5,7 +5,7 @@
 A domain file names everything that domsnap needs; the other two give the name and the disks of a domain that is off.
 
     name = "web"
-    qmp = "run/web.qmp"              # socket of QEMU's QMP monitor; other paths, too, are relative to this file
+    qmp = "run/web.qmp"              # socket of QEMU's QMP monitor; all paths are relative to this file
     agent = "run/web.qga"            # socket of the guest agent, for --quiesce
     command = ["qemu-system-x86_64", "-m", "512", "-qmp", "unix:{qmp},server=on,wait=off",
                "-drive", "if=virtio,format={format:vda},file={disk:vda}", "{incoming}"]
@@ -18,7 +18,6 @@ A domain file names everything that domsnap needs; the other two give the name a
 from __future__ import annotations
 
 import os
-import re
 import shlex
 from collections.abc import Mapping
 from typing import Any
@@ -73,7 +72,7 @@ def from_toml(text: str, path: str) -> DomainDescription:
         table = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise SourceError(f"not TOML: {error}") from None
-    _refuse_unknown(table, {"name", "disks", "qmp", "agent", "command", "memory", "machine"}, "the domain")
+    _refuse_unknown(table, {"name", "disks", "qmp", "agent", "command"}, "the domain")
     folder = os.path.dirname(path)
     disks = tuple(_toml_disk(target, entry, folder) for target, entry in _table(table, "disks").items())
     command = _toml_command(table.get("command", []))
@@ -83,8 +82,6 @@ def from_toml(text: str, path: str) -> DomainDescription:
         qmp_socket=_path(table, "qmp", folder),
         command=command,
         agent_socket=_path(table, "agent", folder),
-        memory_size=_toml_memory(table.get("memory")),
-        machine=_text(table, "machine", "the domain"),
         path=path,
     )
     return checked(description)
@@ -113,18 +110,6 @@ def _toml_command(value: Any) -> tuple[str, ...]:  # noqa: ANN401 - any TOML val
     if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
         raise SourceError("command is a list of texts, or one text")
     return tuple(value)
-
-
-def _toml_memory(value: Any) -> int | None:  # noqa: ANN401 - any TOML value
-    """Bytes; a text may have a suffix, as in "512M"."""
-    if value is None:
-        return None
-    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-        return value
-    found = re.fullmatch(r"(\d{1,15})([KMGT]?)", value) if isinstance(value, str) else None
-    if found is None or not int(found[1]):
-        raise SourceError('memory is a number of bytes, or a text such as "512M"')
-    return int(found[1]) << 10 * "_KMGT".index(found[2] or "_")
 
 
 def _table(table: Mapping[str, Any], key: str) -> dict[str, Any]:
@@ -179,22 +164,7 @@ def from_libvirt_xml(data: bytes, path: str) -> DomainDescription:
     description = DomainDescription(
         name=text_of(root, "name") or "",
         disks=tuple(disks),
-        memory_size=_libvirt_memory(text_of(root, "memory"), attribute_of(root, "memory", "unit")),
-        machine=attribute_of(root, "os/type", "machine"),
         path=path,
         xml=data,
     )
     return checked(description)
-
-
-_UNITS = {"b": 1, "bytes": 1}
-for _power, _letter in enumerate("KMGTPE", start=1):
-    _UNITS |= {_letter: 1024**_power, f"{_letter}iB": 1024**_power, f"{_letter}B": 1000**_power}
-_UNITS |= {"k": 1024}
-
-
-def _libvirt_memory(text: str | None, unit: str | None) -> int | None:
-    if text is None or re.fullmatch(r"\s*\d{1,18}\s*", text) is None:
-        return None
-    factor = _UNITS.get(unit or "KiB")
-    return None if factor is None else int(text) * factor

@@ -1,4 +1,4 @@
-"""Xen's xl.cfg: the domain's name, its memory and its disks, in every form that a disk may be written in.
+"""Xen's xl.cfg: the domain's name and its disks, in every form that a disk may be written in.
 
     text -> tokens -> {key: value} -> disk specifications -> DomainDescription
 
@@ -44,15 +44,13 @@ def from_xl_config(text: str, path: str) -> DomainDescription:
     Raises: SourceError.
     """
     values = parse_assignments(text)
-    name, memory = values.get("name"), values.get("memory")
-    disks = values.get("disk", [])
+    name, disks = values.get("name"), values.get("disk", [])
     if not isinstance(name, str):
         raise SourceError("not an xl.cfg: it does not name a domain")
     if not isinstance(disks, list):
         raise SourceError("disk is not a list")
     found = [disk for spec in disks if (disk := parse_disk(_require_text(spec))) is not None]
-    size = int(memory) << 20 if isinstance(memory, int) and 0 < memory < 1 << 40 else None
-    return checked(DomainDescription(name=name, disks=tuple(found), memory_size=size, path=path))
+    return checked(DomainDescription(name=name, disks=tuple(found), path=path))
 
 
 def _require_text(value: Value) -> str:

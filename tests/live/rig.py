@@ -41,6 +41,7 @@ class Description:
     qmp_socket: str | None
     command: list[str] = field(default_factory=list)
     agent_socket: str | None = None
+    folder: str | None = None
 
 
 class Rig:

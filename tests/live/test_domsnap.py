@@ -175,7 +175,9 @@ def test_back_to_a_snapshot_with_its_memory_in_a_new_qemu(tmp_path: Path, capsys
     serial = tmp_path / "serial"
     with guest.running(disks) as machine:
         vm = domain_file(tmp_path, disks, machine)
-        command_line = guest.command_line(["{disk:vd0}", "{disk:vd1}"], qmp="{qmp}", serial=str(serial))
+        command_line = guest.command_line(
+            ["{disk:vd0}", "{disk:vd1}"], qmp="{qmp}", serial="serial"
+        )  # beside the domain file
         vm.write_text(f"command = {json.dumps([*command_line, '{incoming}'])}\n" + vm.read_text())
         command(capsys, "create", "s1", "-f", vm, "--external")
         record = guest.memory_of_file(Catalog(f"{vm}.snapshots").get("s1").memory.file or "")
