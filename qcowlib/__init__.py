@@ -46,8 +46,10 @@ if TYPE_CHECKING:
     from qcowlib.operations.check import check
     from qcowlib.operations.commit import allocated_bytes, commit
     from qcowlib.operations.convert import convert
+    from qcowlib.operations.difference import ChangeKind, ChangeTable, changed_extents, difference
     from qcowlib.operations.map import MapRow, map_image
     from qcowlib.operations.rebase import rebase
+    from qcowlib.operations.resize import resize
     from qcowlib.operations.snapshots import apply_snapshot, attach_vmstate, create_snapshot, delete_snapshot
     from qcowlib.storage.buffer import BytesStorage
     from qcowlib.storage.protocol import ReadStorage, Storage
@@ -58,6 +60,8 @@ __all__ = [
     "BlockImage",
     "BytesStorage",
     "ChainError",
+    "ChangeKind",
+    "ChangeTable",
     "CheckReport",
     "ConfinedTo",
     "CorruptMetadata",
@@ -93,6 +97,7 @@ __all__ = [
     "allocated_bytes",
     "apply_snapshot",
     "attach_vmstate",
+    "changed_extents",
     "check",
     "commit",
     "convert",
@@ -100,10 +105,12 @@ __all__ = [
     "create_overlay",
     "create_snapshot",
     "delete_snapshot",
+    "difference",
     "map_image",
     "open_image",
     "probe_format",
     "rebase",
+    "resize",
 ]
 
 _MODULES = {
@@ -125,8 +132,10 @@ _MODULES = {
     "qcowlib.operations.check": ("check",),
     "qcowlib.operations.commit": ("allocated_bytes", "commit"),
     "qcowlib.operations.convert": ("convert",),
+    "qcowlib.operations.difference": ("ChangeKind", "ChangeTable", "changed_extents", "difference"),
     "qcowlib.operations.map": ("MapRow", "map_image"),
     "qcowlib.operations.rebase": ("rebase",),
+    "qcowlib.operations.resize": ("resize",),
     "qcowlib.operations.snapshots": ("apply_snapshot", "attach_vmstate", "create_snapshot", "delete_snapshot"),
     "qcowlib.storage.buffer": ("BytesStorage",),
     "qcowlib.storage.protocol": ("ReadStorage", "Storage"),

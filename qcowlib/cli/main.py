@@ -21,11 +21,16 @@ INTERRUPTED = 130
 
 COMMANDS = {
     "check": "check an image for damage and leaked clusters",
+    "commit": "merge an overlay into its backing file",
+    "compare": "tell whether two images have the same content",
     "convert": "copy an image, or one of its snapshots, into a new image",
     "create": "create an image, or an overlay on a backing file",
     "dd": "copy blocks of an image into a new image",
+    "diff": "tell in which ranges two states of a disk differ",
     "info": "show what an image is, and its backing chain",
     "map": "show where the data of an image is",
+    "rebase": "give an image another backing file, or none",
+    "resize": "change the size of a disk",
     "snapshot": "create, list, apply and delete the snapshots inside an image",
 }
 

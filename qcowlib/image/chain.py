@@ -129,8 +129,8 @@ def overlay(upper: ExtentTable, lower: ExtentTable) -> ExtentTable:
     first, end = int(lower.start[0]), _end(lower)
     upper = clip(upper, first, end)
     starts = np.union1d(upper.start, lower.start)
-    above = _pick(upper, starts, end)
-    below = _pick(lower, starts, end)
+    above = cut(upper, starts, end)
+    below = cut(lower, starts, end)
     shows = above.kind == ExtentKind.UNALLOCATED
     return merge_adjacent(
         ExtentTable(
@@ -158,7 +158,7 @@ def clip(table: ExtentTable, first: int, end: int) -> ExtentTable:
         table.host_length[chosen],
         table.layer[chosen],
     )
-    return _pick(rows, np.maximum(rows.start, first), min(end, _end(rows))) if len(rows) else rows
+    return cut(rows, np.maximum(rows.start, first), min(end, _end(rows))) if len(rows) else rows
 
 
 def merge_adjacent(table: ExtentTable) -> ExtentTable:
@@ -213,7 +213,7 @@ def _gather(tables: Iterator[ExtentTable]) -> Iterator[ExtentTable]:
         yield concatenate(pending)
 
 
-def _pick(table: ExtentTable, starts: npt.NDArray[np.int64], end: int) -> ExtentTable:
+def cut(table: ExtentTable, starts: npt.NDArray[np.int64], end: int) -> ExtentTable:
     """Rows of `table` cut at the sorted offsets `starts`, up to `end`."""
     row = np.searchsorted(table.start, starts, side="right") - 1
     length = np.diff(starts, append=np.int64(end))

@@ -10,7 +10,7 @@ import pytest
 
 from tests.cli.side_by_side import process_environment
 
-COMMANDS = ["check", "convert", "create", "dd", "info", "map", "snapshot"]
+COMMANDS = ["check", "convert", "create", "dd", "diff", "info", "map", "resize", "snapshot"]
 PROBE = """
 import sys
 from qcowlib.cli.main import main

@@ -1,0 +1,109 @@
+"""Differences between the states of the corpus' images: against their bytes where they are intact, and damaged ranges
+told as unknown where they are not."""
+
+import contextlib
+import itertools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import qcowlib
+from qcowlib import ChangeKind, LocalFiles, Qcow2Image, QcowError
+from qcowlib.image.reader import ReadableImage
+from tests.corpus import archives
+from tests.property.test_difference import assert_told
+
+pytestmark = [pytest.mark.corpus, pytest.mark.timeout(120)]
+
+LARGEST = 80 << 20  # bytes of a disk that is compared byte by byte
+MOST_STATES = 6  # of one image; all pairs of them are compared
+
+ALL = [image for image in archives.manifest()["images"] if not image.get("info_only") and not image.get("place")]
+
+
+def is_intact(image: dict[str, Any]) -> bool:
+    """Whether the stock tools read all of it and find at most leaks; 63: the format has no check."""
+    answers = image["answers"]
+    if image["group"] == "corrupt":
+        return False
+    return answers.get("content", {}).get("rc") == 0 and answers.get("check", {}).get("rc") in (0, 3, 63)
+
+
+def cases(images: list[dict[str, Any]]) -> list[Any]:
+    return [pytest.param(image, id=image["id"]) for image in images] or [pytest.param(None, id="no-corpus")]
+
+
+def open_states(image: dict[str, Any], stack: contextlib.ExitStack) -> list[ReadableImage]:
+    """The active layer, the layers below it, and the snapshots of all of them."""
+    opened = qcowlib.open_image(
+        image["file"], format=image.get("open_format"), policy=LocalFiles(), passphrase=image.get("secret")
+    )
+    states: list[ReadableImage] = []
+    layer: ReadableImage | None = stack.enter_context(opened)
+    while layer is not None:
+        states.append(layer)
+        if isinstance(layer, Qcow2Image):
+            for entry in layer.snapshots[: MOST_STATES - 1]:
+                with contextlib.suppress(qcowlib.CorruptMetadata):  # it has no usable L1 table
+                    states.append(layer.open_snapshot(entry))
+        layer = layer.backing
+    return states[:MOST_STATES]
+
+
+@pytest.mark.parametrize("image", cases([image for image in ALL if is_intact(image)]))
+def test_every_pair_of_states(image: dict[str, Any] | None, corpus: Path) -> None:
+    assert image is not None
+    with contextlib.chdir(corpus), contextlib.ExitStack() as stack:
+        try:
+            states = open_states(image, stack)
+        except qcowlib.UnsupportedFeature:
+            return  # another container format: it is refused by name, which other tests look at
+        for old, new in itertools.combinations_with_replacement(states, 2):
+            if max(old.size, new.size) <= LARGEST:
+                assert_told(old, new)
+
+
+@pytest.mark.parametrize("image", cases([image for image in ALL if image["group"] == "corrupt"]))
+def test_damaged_ranges_are_unknown(image: dict[str, Any] | None, corpus: Path) -> None:
+    assert image is not None
+    with contextlib.chdir(corpus), contextlib.ExitStack() as stack:
+        try:
+            states = open_states(image, stack)
+        except QcowError:
+            return  # what cannot be opened has no states
+        for old, new in itertools.combinations_with_replacement(states, 2):
+            if max(old.size, new.size) <= LARGEST:
+                assert_unknown_where_damaged(old, new)
+
+
+def assert_unknown_where_damaged(old: ReadableImage, new: ReadableImage) -> None:
+    unit = 512
+    unknown = np.zeros(max(old.size, new.size) // unit, dtype=np.bool_)
+    try:
+        for table in qcowlib.difference(old, new):
+            for start, length, kind in table.rows():
+                unknown[start // unit : (start + length) // unit] = kind is ChangeKind.UNKNOWN
+    except qcowlib.CorruptMetadata:
+        return  # nothing at all can be told: it says so
+    for state in (old, new):
+        step = state.cluster_size
+        for offset in range(0, state.size, step):
+            if cannot_be_followed(state, offset):
+                told = unknown[offset // unit : min(offset + step, state.size) // unit]
+                assert told.all(), f"{state.name}: the damage at {offset:#x} is not told"
+
+
+def cannot_be_followed(state: ReadableImage, offset: int) -> bool:
+    """Whether a look-up along the chain meets damage."""
+    layer: ReadableImage | None = state
+    try:
+        while layer is not None and offset < layer.size:
+            kind, _, _ = layer.lookup(offset)
+            if kind != qcowlib.ExtentKind.UNALLOCATED:
+                return False
+            layer = layer.backing
+    except qcowlib.CorruptMetadata:
+        return True
+    return False
