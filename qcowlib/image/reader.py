@@ -23,8 +23,8 @@ _DATA = int(ExtentKind.DATA)
 _COMPRESSED = int(ExtentKind.COMPRESSED)
 _UNALLOCATED = int(ExtentKind.UNALLOCATED)
 
-# Ranges of at most this many clusters take the scalar path: building arrays costs about as much as ten look-ups.
-_SCALAR_CLUSTERS = 8
+# Ranges of at most this many clusters take the scalar path: building arrays costs about as much as a hundred look-ups.
+_SCALAR_CLUSTERS = 64
 _ZEROES = bytes(1 << 16)
 
 
@@ -143,9 +143,10 @@ class ReadableImage(ABC):
         """
         self._require_inside(offset, length)
         try:
-            buffer = bytearray(length)
-            self._fill(offset, memoryview(buffer), fresh=True)
-            return bytes(buffer)
+            # Nobody else holds these bytes, so the view is on themselves: they are filled in place and not copied.
+            holder = io.BytesIO(bytes(length))
+            self._fill(offset, holder.getbuffer(), fresh=True)
+            return holder.getvalue()
         except (MemoryError, OverflowError):
             raise OutOfRange(f"{length} bytes do not fit into memory") from None
 
