@@ -36,7 +36,7 @@ from snapshot.model import (
     RevertOptions,
     SnapshotRequest,
 )
-from snapshot.plan import resolve, steps
+from snapshot.plan import Resolved, resolve, steps
 from snapshot.qmp import Qmp, listening
 from snapshot.session import Progress, Session, Store
 from snapshot.step import Step
@@ -86,8 +86,6 @@ def _create(
 ) -> DomainSnapshot | list[Step]:
     layers = journal.layers()
     facts = domain.facts(layers)
-    if request.liveness is Liveness.BACKGROUND and isinstance(domain, ActiveDomain):
-        request = _without_background(domain, request, progress)
     resolved = resolve(request, facts, journal.made())
     against = reasons(resolved, gather.host_facts(resolved.paths()), [one.name for one in catalog.load()])
     if request.quiesce and facts.active and facts.agent_socket is not None:
@@ -96,6 +94,8 @@ def _create(
         against += [] if problem is None else [problem]
     if against:
         raise NotPossible(f"create snapshot '{request.name}'", against)
+    if resolved.liveness is Liveness.BACKGROUND and isinstance(domain, ActiveDomain):
+        resolved = _background_or_live(domain, resolved, dry_run, progress)
     token = secrets.token_hex(4)
     plan = steps(resolved, token)
     current = catalog.current
@@ -386,11 +386,18 @@ def _operation(kind: str, name: str, domain: Domain, facts: DomainFacts, token: 
     )
 
 
-def _without_background(domain: ActiveDomain, request: SnapshotRequest, progress: Progress | None) -> SnapshotRequest:
-    """A live snapshot where a background one is not possible; says so."""
+def _background_or_live(domain: ActiveDomain, resolved: Resolved, dry_run: bool, progress: Progress | None) -> Resolved:
+    """Live where a background snapshot is not possible; says so. Asking changes a setting: not for a dry run."""
+    tell = progress or (lambda _text, _done, _total: None)
+    if dry_run:
+        tell(
+            "whether background snapshots are possible here is only tried when one is taken; else it is a live one",
+            0,
+            0,
+        )
+        return resolved
     reason = migration.background_possible(domain.qmp)
     if reason is None:
-        return request
-    if progress is not None:
-        progress(f"background snapshots are not possible here (QEMU: {reason}): taking it live", 0, 0)
-    return replace(request, liveness=Liveness.LIVE)
+        return resolved
+    tell(f"background snapshots are not possible here (QEMU: {reason}): taking it live", 0, 0)
+    return replace(resolved, liveness=Liveness.LIVE)

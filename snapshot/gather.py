@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import time
 
 import qcowlib
 from snapshot import offline, plan_delete, plan_revert
@@ -12,7 +11,15 @@ from snapshot.domain import ActiveDomain, Domain, DomainFacts, backing_path, bac
 from snapshot.errors import NoSuchDomainSnapshot
 from snapshot.foreign import found_in_files
 from snapshot.journal import Journal
-from snapshot.model import DeleteOptions, DiskMode, DiskRequest, DomainSnapshot, RevertOptions, SnapshotRequest
+from snapshot.model import (
+    DeleteOptions,
+    DiskMode,
+    DiskRequest,
+    DomainSnapshot,
+    RevertOptions,
+    SnapshotRequest,
+    name_from_time,
+)
 from snapshot.plan import PathFacts
 from snapshot.session import Store
 
@@ -118,7 +125,7 @@ def known_files(catalog: Store, facts: DomainFacts) -> set[str]:
 
 def safety_request(request: plan_revert.RevertRequest) -> SnapshotRequest:
     """Keep the present state in a way that leaves the files that the revert needs alone."""
-    name = request.options.safety_name or time.strftime("before-revert-%Y%m%d-%H%M%S", time.gmtime())
+    name = request.options.safety_name or name_from_time("before-revert")
     inside = any(disk.mode is DiskMode.INTERNAL for disk in request.chosen)
     return SnapshotRequest(
         name,

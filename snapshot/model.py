@@ -6,6 +6,7 @@ one instant, a disk-only snapshot the disks alone; every disk is snapshotted int
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -73,6 +74,11 @@ class Disk:
     node_name: str | None = None
     backing_chain: tuple[str, ...] = ()
     virtual_size: int | None = None
+
+
+def name_from_time(prefix: str) -> str:
+    """A name for a snapshot that is given none: local time, as lists show it."""
+    return time.strftime(f"{prefix}-%Y%m%d-%H%M%S")
 
 
 @dataclass(frozen=True)

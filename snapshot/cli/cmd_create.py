@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import time
 
 from snapshot.catalog import Catalog
 from snapshot.cli.output import Progress, disks_text, memory_text
 from snapshot.cli.running import finish
 from snapshot.cli.selection import Selection, selected
 from snapshot.errors import DomainSnapshotError, NotPossible
-from snapshot.model import DiskMode, DiskRequest, DomainSnapshot, Liveness, SnapshotRequest
+from snapshot.model import DiskMode, DiskRequest, DomainSnapshot, Liveness, SnapshotRequest, name_from_time
 from snapshot.safe_xml import require_writable
 from snapshot.step import Step
 
@@ -55,7 +54,7 @@ def build_request(arguments: argparse.Namespace) -> SnapshotRequest:
             raise DomainSnapshotError(f"--disk {target} is given twice")
         disks[target] = DiskRequest(DiskMode(mode), None if file is None else os.path.abspath(file))
     return SnapshotRequest(
-        name=arguments.name if arguments.name is not None else time.strftime("snapshot-%Y%m%d-%H%M%S"),
+        name=arguments.name if arguments.name is not None else name_from_time("snapshot"),
         disk_only=arguments.disk_only,
         default_mode=None if arguments.mode is None else DiskMode(arguments.mode),
         disks=disks,

@@ -206,24 +206,40 @@ def test_a_name_that_one_disk_has_is_refused(rig: MakeRig, tmp_path: Path) -> No
         executor.create(domain, Catalog(str(tmp_path / "catalog")), SnapshotRequest("twice"))
 
 
-def test_dry_run_touches_nothing(rig: MakeRig, tmp_path: Path) -> None:
+@pytest.mark.parametrize("liveness", [Liveness.LIVE, Liveness.BACKGROUND])
+def test_dry_run_touches_nothing(
+    rig: MakeRig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, liveness: Liveness
+) -> None:
     guest = rig()
     domain = guest.start()
     before = sorted(os.listdir(tmp_path))
+    execute = domain.qmp.execute
+    sent: list[str] = []
+
+    def noted(command: str, arguments: Any = None, **more: Any) -> Any:
+        sent.append(command)
+        return execute(command, arguments, **more)
+
+    monkeypatch.setattr(domain.qmp, "execute", noted)
     plan = executor.create(
         domain,
         Catalog(str(tmp_path / "catalog")),
-        SnapshotRequest("x", default_mode=EXTERNAL, liveness=Liveness.LIVE),
+        SnapshotRequest("x", default_mode=EXTERNAL, liveness=liveness),
         dry_run=True,
     )
+    assert {command for command in sent if not command.startswith(("query-", "x-debug-query-", "qom-"))} == set()
     assert sorted(os.listdir(tmp_path)) == before
+    overlays = ["make-overlay", "add-node"] * 2
+    assert isinstance(plan, list)
     assert [step.action for step in plan] == [
-        "make-overlay", "add-node", "make-overlay", "add-node", "make-memory-file", "memory", "disks", "end-memory",
+        *overlays, "make-memory-file",
+        *(["memory", "disks", "end-memory"] if liveness is Liveness.LIVE else ["stop", "disks", "memory"]),
         "cont", "keep-memory", "record",
     ]  # fmt: skip
     text = "\n".join(line for step in plan for line in step.lines())
     assert '"type": "blockdev-snapshot"' in text
-    assert "migrate-continue" in text
+    assert ("migrate-continue" in text) is (liveness is Liveness.LIVE)
+    assert ("background-snapshot" in text) is (liveness is Liveness.BACKGROUND)
 
 
 def test_a_paused_guest_stays_as_it_is(rig: MakeRig, tmp_path: Path) -> None:
