@@ -1,10 +1,11 @@
-"""The one check: formatting, lint, types, layers, sizes, all tests, and the tests against the built wheel.
+"""The one check: formatting, lint, types, layers, sizes, all tests, and with the built wheel the tests and QEMU's own.
 
     python3 tools/check.py
 
 It needs nothing but Python 3.11: it makes its own virtual environment (`.venv-check`) with the test tools and, as root
 on Debian, installs the QEMU packages that the tests compare with. The corpus of images is used where it is at hand
-(`QCOWLIB_CORPUS`, or `../shared/corpus`); with `CI=true` a missing corpus is a failure.
+(`QCOWLIB_CORPUS`, or `../shared/corpus`), and so is the runner of QEMU's tests (see tools/iotests.py); with `CI=true`
+it is a failure that one of them is missing.
 
 The last two lines are the tests' totals and the verdict; the exit code is 0 only when everything holds.
 """
@@ -48,9 +49,10 @@ SEARCHES = ("crash", "faults", "hostile", "interop", "live", "property")
 CODE = ("qcowlib", "snapshot", "tools", "tests")
 LARGEST_MODULE = 500
 
-#: Seconds for the whole test run and for the run against the wheel; a hanging run fails instead of waiting for ever.
+#: Seconds for each of the long runs; a hanging run fails instead of waiting for ever.
 TESTS_DEADLINE = 24 * 60
 WHEEL_DEADLINE = 10 * 60
+IOTESTS_DEADLINE = 20 * 60
 
 
 class Failed(Exception):
@@ -220,7 +222,7 @@ def pytest(
 
 
 def test_wheel(totals: Totals, work: Path) -> None:
-    """Build the wheel and run the tests against it, in an empty environment and away from the checkout."""
+    """Build the wheel and run the tests against it, in an empty environment (work/venv) and away from the checkout."""
     python = make_environment(work / "venv")
     pip_install(python, "--upgrade", "pip")
     run(python, "-m", "pip", "wheel", "-qq", "--no-deps", "--wheel-dir", work, ROOT)
@@ -244,7 +246,7 @@ def test_wheel(totals: Totals, work: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--fast", action="store_true", help="leave out the run against the wheel")
+    parser.add_argument("--fast", action="store_true", help="leave out what is done with the wheel")
     arguments = parser.parse_args()
     check = Check()
     began = time.monotonic()
@@ -279,8 +281,13 @@ def run_steps(check: Check, *, wheel: bool) -> None:
         with check.step(name):
             command()
     if wheel:
-        with check.step("wheel"), tempfile.TemporaryDirectory(prefix="qcowlib-wheel-") as work:
-            test_wheel(check.totals, Path(work))
+        with tempfile.TemporaryDirectory(prefix="qcowlib-wheel-") as work:
+            with check.step("wheel"):
+                test_wheel(check.totals, Path(work))
+            with check.step("iotests"):
+                qcow = Path(work) / "venv" / "bin" / "qcow"
+                deadline = f"--deadline={IOTESTS_DEADLINE}"
+                run(sys.executable, ROOT / "tools" / "iotests.py", "--qcow", qcow, deadline)
 
 
 if __name__ == "__main__":
