@@ -191,6 +191,21 @@ class Header:
             rule = "the encryption method LUKS needs an encryption header pointer"
             raise FormatError("header", 32, rule, stock="Missing CRYPTO header for crypt method 2")
 
+    def extension_place(self, magic: int) -> int | None:
+        """Host offset of the extension of this type (the last one, as in `extension`); None when there is none."""
+        place, found = self.header_length, None
+        for extension in self.extensions:
+            found = place if extension.magic == magic else found
+            place += len(extension.build())
+        return found
+
+    @property
+    def extensions_end(self) -> int:
+        """Host offset behind the last extension, where the end marker is."""
+        if self.layout is not None and self.layout.key == self._layout_key:
+            return self.header_length + self.layout.extensions_length
+        return self.header_length + sum(len(extension.build()) for extension in self.extensions)
+
     def with_extension(self, magic: int, extension: HeaderExtension | None) -> tuple[HeaderExtension, ...]:
         """The extensions with those of a type replaced by one (or by none), in QEMU's order.
 

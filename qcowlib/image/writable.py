@@ -10,11 +10,11 @@ from typing import cast
 from qcowlib.codecs.sector_cipher import ClusterCipher
 from qcowlib.errors import ImageStateError, OptionError, QcowError
 from qcowlib.extents import ExtentTable
-from qcowlib.format.bitmap_directory import BitmapEntry, BitmapFlags
 from qcowlib.format.entries import compressed_entry
 from qcowlib.image.qcow2 import SECTOR_SIZE, Qcow2Image
 from qcowlib.image.reader import ReadableImage, read_pieces
 from qcowlib.image.writer import ClusterWriter, GuestAccess
+from qcowlib.metadata.bitmaps import BitmapRecorder, start_recording
 from qcowlib.metadata.heal import heal
 from qcowlib.metadata.state import Qcow2State, load_state
 from qcowlib.metadata.transaction import MetadataTransaction
@@ -55,6 +55,8 @@ class WritableQcow2Image(Qcow2Image):
         self._closed = False
         self._compressed_end = 0  # host offset behind the last compressed cluster
         self._compressed_releases = 0
+        self._recorder: BitmapRecorder | None = None  # from the first guest write on
+        self.growing_to = 0  # size of the disk that a resize prepares, in bytes
         self.transaction = MetadataTransaction(state, storage, data_storage)
         self._data_storage = data_storage
         self._writer = ClusterWriter(
@@ -99,6 +101,7 @@ class WritableQcow2Image(Qcow2Image):
         view = memoryview(data).cast("B")
         self._change(offset, len(view))
         with self._changing():
+            self._record(offset, len(view))
             self._writer.write(offset, view)
             self._commit_under_pressure()
 
@@ -106,6 +109,7 @@ class WritableQcow2Image(Qcow2Image):
         """Make the range read as zeroes, by zero clusters where that is possible. Raises as `write`."""
         self._change(offset, length)
         with self._changing():
+            self._record(offset, length)
             self._writer.write_zeroes(offset, length)
             self._commit_under_pressure()
 
@@ -117,6 +121,7 @@ class WritableQcow2Image(Qcow2Image):
         """
         self._change(offset, length)
         with self._changing():
+            self._record(offset, length)
             self._writer.discard(offset, length)
             self._commit_under_pressure()
 
@@ -141,6 +146,7 @@ class WritableQcow2Image(Qcow2Image):
         self._change(offset, len(view))
         packed = compress(self.header.compression_type, bytes(view).ljust(self.cluster_size, b"\0"))
         with self._changing():
+            self._record(offset, len(view))
             if packed is None:
                 self._writer.write(offset, view)
             else:
@@ -150,10 +156,11 @@ class WritableQcow2Image(Qcow2Image):
     @contextmanager
     def exclusive(self) -> Iterator[MetadataTransaction]:
         """For operations on whole trees: nobody else reads or writes, nothing is pending, no table is in memory."""
-        with self._lock:
+        with self._changing():
             if self._closed:
                 raise ImageStateError(f"'{self.name}' is closed")
             self.transaction.commit()
+            self._store_bitmaps()
             self.state.tables.clear()
             try:
                 yield self.transaction
@@ -177,7 +184,7 @@ class WritableQcow2Image(Qcow2Image):
             data = self.cipher.encrypt(data, guest if self.cipher.by_guest_offset else host)
         if self.header.has_data_file:
             # A raw data file is as long as the disk: what fills up the last cluster does not belong into it.
-            data = memoryview(data)[: max(0, self.header.size - guest)]
+            data = memoryview(data)[: max(0, max(self.header.size, self.growing_to) - guest)]
         self._data_storage.pwrite(data, host)
 
     def flush(self) -> None:
@@ -204,6 +211,8 @@ class WritableQcow2Image(Qcow2Image):
                 if self.transaction.failed:
                     self._tidy_up()
                 else:
+                    self.transaction.commit()
+                    self._store_bitmaps()
                     self.transaction.close()
             except QcowError:
                 if self.transaction.failed:
@@ -224,10 +233,18 @@ class WritableQcow2Image(Qcow2Image):
         self._require_inside(offset, length)
         if self._closed:
             raise ImageStateError(f"'{self.name}' is closed")
-        if any(_records_writes(bitmap) for bitmap in self.bitmaps):
-            raise ImageStateError(
-                f"'{self.name}' has persistent bitmaps that record changes; writing guest data would leave them wrong"
-            )
+
+    def _record(self, offset: int, length: int) -> None:
+        """Before a guest write: the bitmaps that record writes say that the range has changed."""
+        if self._recorder is None:
+            self._recorder = start_recording(self.transaction)
+        self._recorder.mark(offset, length)
+
+    def _store_bitmaps(self) -> None:
+        """What was recorded is in the file afterwards; the next guest write begins anew."""
+        if self._recorder is not None:
+            self._recorder.store()
+            self._recorder = None
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
@@ -289,7 +306,3 @@ class WritableQcow2Image(Qcow2Image):
             self.transaction.allocate_shared(tail_cluster)
             return end
         return first << bits
-
-
-def _records_writes(bitmap: BitmapEntry) -> bool:
-    return bool(bitmap.flags & BitmapFlags.AUTO) and not bitmap.flags & BitmapFlags.IN_USE

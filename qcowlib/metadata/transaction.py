@@ -23,8 +23,10 @@ import numpy as np
 
 from qcowlib.errors import ImageStateError, StorageError
 from qcowlib.format.entries import L1_OFFSET_MASK, OFLAG_COPIED, Entries
+from qcowlib.format.extensions import BitmapsExtension
 from qcowlib.format.features import KNOWN_AUTOCLEAR, Incompatible
 from qcowlib.format.header import Header
+from qcowlib.metadata.bitmap_pointer import swing_bitmap_pointer
 from qcowlib.metadata.refcounts import RefcountStructure
 from qcowlib.metadata.regions import RegionKind
 from qcowlib.metadata.state import Qcow2State
@@ -63,6 +65,7 @@ class MetadataTransaction:
         self._l1_changed: set[int] = set()
         self._l1_fresh = False
         self._header_changes: dict[str, Any] = {}
+        self._bitmaps: tuple[BitmapsExtension | None] | None = None
         self._released: list[tuple[int, int, bool]] = []  # (first cluster, clusters, shared)
         self._filled = False
         self._marked_dirty = False
@@ -166,6 +169,10 @@ class MetadataTransaction:
         """Set header fields in LINK; only fields in the first sector."""
         self._header_changes.update(changes)
 
+    def swing_bitmaps(self, extension: BitmapsExtension | None) -> None:
+        """Let the header name another bitmap directory in LINK; None: no bitmaps any more."""
+        self._bitmaps = (extension,)
+
     def commit(self) -> None:
         """Write everything in the four phases; afterwards all of it is durable, except decrements and discards.
 
@@ -173,7 +180,8 @@ class MetadataTransaction:
             StorageError: the host file failed. The image on disk is as before or as after, with leaks at worst.
         """
         self.require_usable()
-        if not (self._filled or self._changed or self._fresh or self._header_changes or self._l1_changed):
+        linked = self._changed or self._fresh or self._header_changes or self._l1_changed or self._bitmaps
+        if not (self._filled or linked):
             self._release_phase()
             return
         self.failed = True  # until all phases are through
@@ -218,6 +226,23 @@ class MetadataTransaction:
         """Raise when an earlier commit failed."""
         if self.failed:
             raise ImageStateError("an earlier write to the image failed; open it again")
+
+    def trim(self) -> None:
+        """End the file behind the last cluster in use, and give up refcount blocks that count nothing else.
+
+        Nothing may be pending. What a crash leaves is space that the next writable open frees.
+        """
+        with self.direct_writes():
+            dropped = self.refcounts.drop_unused_blocks()
+            self.storage.flush()  # no refcount may be lost with a block that the table still names
+            for cluster in dropped:
+                self.refcounts.subtract(cluster, 1, 1)
+            self.refcounts.write_blocks()
+            self.refcounts.rescan()
+            end = self.refcounts.used_clusters() << self.state.geometry.cluster_bits
+            if end < self.storage.size() and not getattr(self.storage, "is_block_device", False):
+                self.flush()
+                self.storage.truncate(end)
 
     def mark_dirty(self) -> None:
         """Set the dirty bit (version 3), and clear autoclear bits that this library does not maintain."""
@@ -288,6 +313,8 @@ class MetadataTransaction:
             self.storage.pwrite(self.state.l1[first:last].tobytes(), offset)
         if self._header_changes:
             self.write_header(**self._header_changes)
+        if self._bitmaps:
+            self.state.header = swing_bitmap_pointer(self.storage, self.state.header, *self._bitmaps)
         self.flush()  # references must be gone before their clusters are free
         self.state.tables.pinned.clear()
         self._fresh.clear()
@@ -295,6 +322,7 @@ class MetadataTransaction:
         self._l1_changed.clear()
         self._l1_fresh = False
         self._header_changes = {}
+        self._bitmaps = None
         self._filled = False
 
     def _release_phase(self) -> None:
