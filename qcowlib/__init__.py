@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from qcowlib.image.writable import WritableQcow2Image
     from qcowlib.operations.check import check
     from qcowlib.operations.commit import allocated_bytes, commit
+    from qcowlib.operations.compare import Comparison, NotComparable, Outcome, compare
     from qcowlib.operations.convert import convert
     from qcowlib.operations.difference import ChangeKind, ChangeTable, changed_extents, difference
     from qcowlib.operations.map import MapRow, map_image
@@ -63,6 +64,7 @@ __all__ = [
     "ChangeKind",
     "ChangeTable",
     "CheckReport",
+    "Comparison",
     "ConfinedTo",
     "CorruptMetadata",
     "DenyReferences",
@@ -78,9 +80,11 @@ __all__ = [
     "MapRow",
     "MissingDependency",
     "NoSuchSnapshot",
+    "NotComparable",
     "OpenPolicy",
     "OptionError",
     "OutOfRange",
+    "Outcome",
     "Qcow2Image",
     "QcowError",
     "RawImage",
@@ -100,6 +104,7 @@ __all__ = [
     "changed_extents",
     "check",
     "commit",
+    "compare",
     "convert",
     "create_image",
     "create_overlay",
@@ -131,6 +136,7 @@ _MODULES = {
     "qcowlib.image.writable": ("WritableQcow2Image",),
     "qcowlib.operations.check": ("check",),
     "qcowlib.operations.commit": ("allocated_bytes", "commit"),
+    "qcowlib.operations.compare": ("Comparison", "NotComparable", "Outcome", "compare"),
     "qcowlib.operations.convert": ("convert",),
     "qcowlib.operations.difference": ("ChangeKind", "ChangeTable", "changed_extents", "difference"),
     "qcowlib.operations.map": ("MapRow", "map_image"),

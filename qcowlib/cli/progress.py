@@ -6,8 +6,6 @@ import sys
 import time
 from typing import Protocol
 
-_STEP = 1.0  # percent between two lines
-
 
 class _Display(Protocol):
     def show(self, percent: float) -> None:
@@ -23,10 +21,11 @@ class Progress:
     Args:
         enabled: whether -p was given.
         bytes_per_second: limit the rate of the work by sleeping in each call; 0 is no limit.
+        step: percent between two lines of qemu-img's, which differ from verb to verb.
     """
 
-    def __init__(self, *, enabled: bool, bytes_per_second: int = 0) -> None:
-        self._display = _display() if enabled else None
+    def __init__(self, *, enabled: bool, bytes_per_second: int = 0, step: float = 1.0) -> None:
+        self._display = _display(step) if enabled else None
         self._rate = bytes_per_second
         self._started = time.monotonic()
 
@@ -51,13 +50,14 @@ class Progress:
 
 
 class _Line:
-    """qemu-img's line, for pipes and files: rewritten in place at every whole percent or more."""
+    """qemu-img's line, for pipes and files: rewritten in place after so many percent or more."""
 
-    def __init__(self) -> None:
-        self._last = -_STEP
+    def __init__(self, step: float) -> None:
+        self._step = step
+        self._last = -step
 
     def show(self, percent: float) -> None:
-        if percent > self._last + _STEP or percent in (0.0, 100.0):
+        if percent > self._last + self._step or percent in (0.0, 100.0):
             self._last = percent
             print(f"    ({percent:3.2f}/100%)\r", end="", flush=True)
 
@@ -65,11 +65,11 @@ class _Line:
         print()
 
 
-def _display() -> _Display:
+def _display(step: float) -> _Display:
     if not sys.stdout.isatty():
-        return _Line()
+        return _Line(step)
     try:
         from qcowlib.cli.progress_bar import ProgressBar
     except ImportError:  # rich is not installed
-        return _Line()
+        return _Line(step)
     return ProgressBar()
