@@ -21,11 +21,13 @@ class Action:
     Attributes:
         do, undo: called with the session and the step's arguments.
         always: undone even when the undo of a later step has failed, because it puts only the guest right.
+        apart: no other undo depends on this one, so that they go on when it fails.
     """
 
     do: Callable[[Session, dict[str, Any]], None]
     undo: Callable[[Session, dict[str, Any]], None] = _nothing
     always: bool = False
+    apart: bool = False
 
 
 ACTIONS = {
@@ -41,7 +43,7 @@ ACTIONS = {
     "end-memory": Action(migration.end_memory, migration.settle_memory, always=True),
     "keep-memory": Action(migration.keep_memory),
     "decide": Action(_nothing),
-    "freeze": Action(agent.freeze, agent.thaw, always=True),
+    "freeze": Action(agent.freeze, agent.unfreeze, always=True, apart=True),
     "thaw": Action(agent.thaw),
     "hold": Action(inactive.hold, inactive.let_go, always=True),
     "create-internal": Action(inactive.create_internal, inactive.delete_internal),

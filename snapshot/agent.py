@@ -13,6 +13,8 @@ from snapshot.session import Session
 
 _DEADLINE = 60.0
 _PING_DEADLINE = 10.0
+#: A frozen guest that nobody thaws is as good as dead, so that an agent which is lost for a moment is asked again.
+_THAW_DEADLINE, _THAW_ANSWER, _THAW_PAUSE = 30.0, 10.0, 1.0
 
 
 def freeze(session: Session, arguments: dict[str, Any]) -> None:  # noqa: ARG001 - one signature for all actions
@@ -26,9 +28,34 @@ def freeze(session: Session, arguments: dict[str, Any]) -> None:  # noqa: ARG001
 
 
 def thaw(session: Session, arguments: dict[str, Any]) -> None:  # noqa: ARG001
-    """Thaw them; a guest that is not frozen stays as it is."""
-    if session.alive():
-        ask(session, "guest-fsfreeze-thaw")
+    """Thaw them; a guest that is not frozen stays as it is.
+
+    Raises:
+        DomainSnapshotError: the agent could not be brought to it for a while; nobody else can.
+    """
+    end = time.monotonic() + _THAW_DEADLINE
+    while session.alive():
+        try:
+            ask(session, "guest-fsfreeze-thaw", deadline=_THAW_ANSWER)
+        except DomainSnapshotError as error:
+            session.interrupt.check()
+            if time.monotonic() > end:
+                raise DomainSnapshotError(f"the guest's file systems could not be thawed: {error}") from error
+            session.report(f"trying again to thaw the guest's file systems: {error}", 0, 0)
+            time.sleep(_THAW_PAUSE)
+        else:
+            return
+
+
+def unfreeze(session: Session, arguments: dict[str, Any]) -> None:
+    """Undo of `freeze`: thaw, and say what a user can do where that fails."""
+    try:
+        thaw(session, arguments)
+    except DomainSnapshotError as error:
+        raise DomainSnapshotError(
+            f"{error}; THE GUEST IS STILL FROZEN: see that its guest agent answers at '{session.agent_socket}', then "
+            "recover thaws it (a reset of the guest thaws it as well)"
+        ) from error
 
 
 def problem(path: str) -> str | None:
@@ -40,11 +67,11 @@ def problem(path: str) -> str | None:
     return None
 
 
-def ask(session: Session, command: str) -> Any:  # noqa: ANN401 - the agent's answer
+def ask(session: Session, command: str, deadline: float = _DEADLINE) -> Any:  # noqa: ANN401 - the agent's answer
     """Run one command of the guest agent."""
     if session.agent_socket is None:
         raise DomainSnapshotError("the guest agent's socket is not known")
-    return _ask(session.agent_socket, command, _DEADLINE)
+    return _ask(session.agent_socket, command, deadline)
 
 
 def _ask(path: str, command: str, deadline: float) -> Any:  # noqa: ANN401 - the agent's answer

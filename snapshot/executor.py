@@ -320,15 +320,17 @@ def _undo(session: Session, operation: Operation, begun: set[int]) -> list[str]:
     After a failure only those go on that touch no file of a disk: the rest may depend on what failed.
     """
     failures: list[str] = []
+    broken = False
     for index in sorted(begun, reverse=True):
         step = operation.steps[index]
         action = ACTIONS[step.action]
-        if failures and not action.always:
+        if broken and not action.always:
             continue
         try:
             action.undo(session, step.arguments)
         except Exception as error:  # whatever it is, the guest must not stay stopped because of it
             failures.append(f"{step.text}: {error}")
+            broken = broken or not action.apart
     try:
         active.ensure_running(session, {})
     except Exception as error:
