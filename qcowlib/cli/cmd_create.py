@@ -84,7 +84,7 @@ def _create(
     create_image(
         path,
         int(values["size"]),
-        format=image_format,
+        format="raw" if image_format == "file" else image_format,
         backing_file=values.get("backing_file"),
         backing_fmt=values.get("backing_fmt"),
         check_backing=False,
@@ -106,10 +106,10 @@ def _local_path(filename: str) -> str:
 
 def _add_backing(arguments: Arguments, image_format: str, values: dict[str, str]) -> None:
     backing, backing_format = arguments.last("backing"), arguments.last("backing-format")
-    if image_format == "raw" and backing is not None:
-        raise OptionError("Backing file not supported for file format 'raw'")
-    if image_format == "raw" and backing_format is not None:
-        raise OptionError("Backing file format not supported for file format 'raw'")
+    if image_format != "qcow2" and backing is not None:
+        raise OptionError(f"Backing file not supported for file format '{image_format}'")
+    if image_format != "qcow2" and backing_format is not None:
+        raise OptionError(f"Backing file format not supported for file format '{image_format}'")
     if backing is not None:
         values["backing_file"] = backing
     if backing_format is not None:

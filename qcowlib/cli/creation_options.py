@@ -35,6 +35,7 @@ _RAW_PREALLOCATION = CreationOption("preallocation", "str", "Preallocation mode 
 # In the order in which create prints them; the second half of each belongs to the host file, not to the format.
 FORMAT_OPTIONS: dict[str, tuple[CreationOption, ...]] = {
     "raw": (_SIZE,),
+    "file": (_SIZE, _NOCOW, _RAW_PREALLOCATION, _EXTENT_SIZE_HINT),
     "qcow2": (
         CreationOption(
             "encryption",
@@ -65,6 +66,7 @@ FORMAT_OPTIONS: dict[str, tuple[CreationOption, ...]] = {
 }
 FILE_OPTIONS = {
     "raw": (_NOCOW, _RAW_PREALLOCATION, _EXTENT_SIZE_HINT),
+    "file": (),
     "qcow2": (_NOCOW, _EXTENT_SIZE_HINT),
 }
 
