@@ -96,22 +96,23 @@ def create_snapshot(
             icount=icount,
         )
         _require_fits([*state.snapshots, entry])
-        # What lies behind the disk is the vm state of a snapshot that was applied once: not this snapshot's.
-        disk = state.l1[: state.geometry.l1_entries_for(state.header.size)]
-        counts = count_tree(state, disk)
+        # What lies behind the disk is the vm state of a snapshot that was applied once. As in QEMU it is kept, unless
+        # this snapshot has a vm state of its own there.
+        kept = state.l1 if vmstate is None else state.l1[: state.geometry.l1_entries_for(state.header.size)]
+        counts = count_tree(state, kept)
         require_room(transaction.refcounts, counts)
         transaction.require_space(
-            state.geometry.clusters_for(len(disk) * 8), _table_clusters(state, [*state.snapshots, entry])
+            state.geometry.clusters_for(len(kept) * 8), _table_clusters(state, [*state.snapshots, entry])
         )
         with transaction.direct_writes():
-            l1 = disk & _UNCOPIED
+            l1 = kept & _UNCOPIED
             if vmstate is not None:
                 extra, length = store_vmstate(transaction, vmstate, state.header.size, target.store)
                 l1, entry = np.concatenate((l1, extra)), replace(entry, vm_state_size=length)
             entry = replace(entry, l1_table_offset=_write_l1_copy(transaction, l1), l1_size=len(l1))
             _write_table(transaction, [*state.snapshots, entry])
             add_references(transaction.refcounts, counts)
-            clear_copied(state, transaction.storage, disk)
+            clear_copied(state, transaction.storage, kept)
             write_active_l1(transaction)
         transaction.commit()
         state.snapshots = [*state.snapshots, entry]
