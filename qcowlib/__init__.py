@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from qcowlib.operations.rebase import rebase
     from qcowlib.operations.resize import resize
     from qcowlib.operations.snapshots import apply_snapshot, attach_vmstate, create_snapshot, delete_snapshot
+    from qcowlib.operations.space import ImageSpace, StateSpace, image_space
     from qcowlib.storage.buffer import BytesStorage
     from qcowlib.storage.protocol import ReadStorage, Storage
 
@@ -75,6 +76,7 @@ __all__ = [
     "Finding",
     "FormatError",
     "ImageLocked",
+    "ImageSpace",
     "ImageStateError",
     "LocalFiles",
     "MapRow",
@@ -92,6 +94,7 @@ __all__ = [
     "ReferenceDenied",
     "Severity",
     "SnapshotError",
+    "StateSpace",
     "Storage",
     "StorageError",
     "UnsupportedFeature",
@@ -111,6 +114,7 @@ __all__ = [
     "create_snapshot",
     "delete_snapshot",
     "difference",
+    "image_space",
     "map_image",
     "open_image",
     "probe_format",
@@ -143,6 +147,7 @@ _MODULES = {
     "qcowlib.operations.rebase": ("rebase",),
     "qcowlib.operations.resize": ("resize",),
     "qcowlib.operations.snapshots": ("apply_snapshot", "attach_vmstate", "create_snapshot", "delete_snapshot"),
+    "qcowlib.operations.space": ("ImageSpace", "StateSpace", "image_space"),
     "qcowlib.storage.buffer": ("BytesStorage",),
     "qcowlib.storage.protocol": ("ReadStorage", "Storage"),
 }  # fmt: skip

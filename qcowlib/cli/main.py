@@ -31,6 +31,7 @@ COMMANDS = {
     "map": "show where the data of an image is",
     "rebase": "give an image another backing file, or none",
     "resize": "change the size of a disk",
+    "space": "show where the bytes of an image file are, and what deleting a snapshot would free",
     "snapshot": "create, list, apply and delete the snapshots inside an image",
 }
 

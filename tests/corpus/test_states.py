@@ -14,6 +14,7 @@ from qcowlib import ChangeKind, LocalFiles, Qcow2Image, QcowError
 from qcowlib.image.reader import ReadableImage
 from tests.corpus import archives
 from tests.property.test_difference import assert_told
+from tests.property.test_space import assert_space
 
 pytestmark = [pytest.mark.corpus, pytest.mark.timeout(120)]
 
@@ -76,6 +77,31 @@ def test_damaged_ranges_are_unknown(image: dict[str, Any] | None, corpus: Path) 
         for old, new in itertools.combinations_with_replacement(states, 2):
             if max(old.size, new.size) <= LARGEST:
                 assert_unknown_where_damaged(old, new)
+
+
+@pytest.mark.parametrize("image", cases([image for image in ALL if is_intact(image)]))
+def test_space(image: dict[str, Any] | None, corpus: Path) -> None:
+    assert image is not None
+    path = corpus / image["file"]
+    if path.stat().st_size > LARGEST:
+        return
+    try:
+        with qcowlib.open_image(path, format=image.get("open_format"), open_backing=False) as opened:
+            if not isinstance(opened, Qcow2Image) or opened.header.has_data_file:
+                return
+            extended = opened.state.geometry.extended_l2
+    except qcowlib.UnsupportedFeature:
+        return
+    assert_space(path, extended)
+
+
+@pytest.mark.parametrize("image", cases([image for image in ALL if image["group"] == "corrupt"]))
+def test_space_of_a_damaged_image_is_told_or_refused(image: dict[str, Any] | None, corpus: Path) -> None:
+    assert image is not None
+    with contextlib.suppress(QcowError), qcowlib.open_image(corpus / image["file"], open_backing=False) as opened:
+        assert isinstance(opened, Qcow2Image)
+        for state in qcowlib.image_space(opened).states:
+            assert state.damage is None or state.exclusive == state.shared == 0
 
 
 def assert_unknown_where_damaged(old: ReadableImage, new: ReadableImage) -> None:
