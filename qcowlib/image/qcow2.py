@@ -274,6 +274,13 @@ class Qcow2Image(MappedLayer):
             )
         super().read_missing(guest, view, fresh)
 
+    def leave_out_backing(self) -> None:
+        """Close the chain below; what only that has can then not be read."""
+        if self._backing is not None:
+            self._backing.close()
+            self._backing = None
+            self.backing_left_out = True
+
     def close(self) -> None:
         """Close the file, the external data file and the chain below."""
         super().close()
