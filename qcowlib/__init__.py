@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qcowlib.errors import (
+        BitmapError,
         ChainError,
         CorruptMetadata,
         EncryptionError,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
         ImageLocked,
         ImageStateError,
         MissingDependency,
+        NoSuchBitmap,
         NoSuchSnapshot,
         OptionError,
         OutOfRange,
@@ -43,6 +45,19 @@ if TYPE_CHECKING:
     from qcowlib.image.qcow2 import Qcow2Image
     from qcowlib.image.raw import RawImage, WritableRawImage
     from qcowlib.image.writable import WritableQcow2Image
+    from qcowlib.operations.bitmaps import (
+        DirtyRanges,
+        add_bitmap,
+        bitmaps_size,
+        clear_bitmap,
+        copy_bitmaps,
+        dirty_extents,
+        disable_bitmap,
+        enable_bitmap,
+        merge_bitmap,
+        remove_all_bitmaps,
+        remove_bitmap,
+    )
     from qcowlib.operations.check import check
     from qcowlib.operations.commit import allocated_bytes, commit
     from qcowlib.operations.compare import Comparison, NotComparable, Outcome, compare
@@ -59,6 +74,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BitmapError",
     "BlockImage",
     "BytesStorage",
     "ChainError",
@@ -69,6 +85,7 @@ __all__ = [
     "ConfinedTo",
     "CorruptMetadata",
     "DenyReferences",
+    "DirtyRanges",
     "EncryptionError",
     "Extent",
     "ExtentKind",
@@ -81,6 +98,7 @@ __all__ = [
     "LocalFiles",
     "MapRow",
     "MissingDependency",
+    "NoSuchBitmap",
     "NoSuchSnapshot",
     "NotComparable",
     "OpenPolicy",
@@ -101,32 +119,42 @@ __all__ = [
     "WritableBlockImage",
     "WritableQcow2Image",
     "WritableRawImage",
+    "add_bitmap",
     "allocated_bytes",
     "apply_snapshot",
     "attach_vmstate",
+    "bitmaps_size",
     "changed_extents",
     "check",
+    "clear_bitmap",
     "commit",
     "compare",
     "convert",
+    "copy_bitmaps",
     "create_image",
     "create_overlay",
     "create_snapshot",
     "delete_snapshot",
     "difference",
+    "dirty_extents",
+    "disable_bitmap",
+    "enable_bitmap",
     "image_space",
     "map_image",
+    "merge_bitmap",
     "open_image",
     "probe_format",
     "rebase",
+    "remove_all_bitmaps",
+    "remove_bitmap",
     "resize",
 ]
 
 _MODULES = {
     "qcowlib.errors": (
-        "ChainError", "CorruptMetadata", "EncryptionError", "FormatError", "ImageLocked", "ImageStateError",
-        "MissingDependency", "NoSuchSnapshot", "OptionError", "OutOfRange", "QcowError", "ReferenceDenied",
-        "SnapshotError", "StorageError", "UnsupportedFeature",
+        "BitmapError", "ChainError", "CorruptMetadata", "EncryptionError", "FormatError", "ImageLocked",
+        "ImageStateError", "MissingDependency", "NoSuchBitmap", "NoSuchSnapshot", "OptionError", "OutOfRange",
+        "QcowError", "ReferenceDenied", "SnapshotError", "StorageError", "UnsupportedFeature",
     ),
     "qcowlib.extents": ("Extent", "ExtentKind", "ExtentTable"),
     "qcowlib.findings": ("CheckReport", "Finding", "Severity"),
@@ -138,6 +166,10 @@ _MODULES = {
     "qcowlib.image.qcow2": ("Qcow2Image",),
     "qcowlib.image.raw": ("RawImage", "WritableRawImage"),
     "qcowlib.image.writable": ("WritableQcow2Image",),
+    "qcowlib.operations.bitmaps": (
+        "DirtyRanges", "add_bitmap", "bitmaps_size", "clear_bitmap", "copy_bitmaps", "dirty_extents", "disable_bitmap",
+        "enable_bitmap", "merge_bitmap", "remove_all_bitmaps", "remove_bitmap",
+    ),
     "qcowlib.operations.check": ("check",),
     "qcowlib.operations.commit": ("allocated_bytes", "commit"),
     "qcowlib.operations.compare": ("Comparison", "NotComparable", "Outcome", "compare"),

@@ -11,6 +11,8 @@
      ├── StorageError           the host file failed; `cause` is the OSError
      ├── SnapshotError          a snapshot operation cannot be done (name exists, refcount width too small)
      │    └── NoSuchSnapshot
+     ├── BitmapError            an operation on a bitmap cannot be done (name exists, inconsistent)
+     │    └── NoSuchBitmap
      ├── EncryptionError        passphrase missing or wrong, unusable cipher
      ├── OptionError            an argument or creation option is invalid
      ├── OutOfRange             a guest range lies outside the image
@@ -112,6 +114,14 @@ class SnapshotError(QcowError):
 
 class NoSuchSnapshot(SnapshotError):
     """No snapshot has this id or name."""
+
+
+class BitmapError(QcowError):
+    """An operation on a persistent dirty bitmap cannot be done; nothing was changed."""
+
+
+class NoSuchBitmap(BitmapError):
+    """No bitmap has this name."""
 
 
 class EncryptionError(QcowError):

@@ -20,6 +20,7 @@ from qcowlib.errors import QcowError
 INTERRUPTED = 130
 
 COMMANDS = {
+    "bitmap": "add, remove, clear, enable, disable and merge the dirty bitmaps of an image",
     "check": "check an image for damage and leaked clusters",
     "commit": "merge an overlay into its backing file",
     "compare": "tell whether two images have the same content",

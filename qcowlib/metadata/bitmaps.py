@@ -206,8 +206,15 @@ def release_clusters(transaction: MetadataTransaction, table: Entries) -> None:
         transaction.release(first, count)
 
 
-def write_bitmap_directory(transaction: MetadataTransaction, entries: list[BitmapEntry]) -> None:
-    """Make `entries` the bitmaps of the image, and commit. The old directory is freed.
+def write_bitmap_directory(
+    transaction: MetadataTransaction, entries: list[BitmapEntry], *, freeing: bool = True
+) -> None:
+    """Make `entries` the bitmaps of the image, and commit.
+
+    Args:
+        transaction: of the image.
+        entries: the bitmaps; their tables are in the file.
+        freeing: free the clusters of the old directory.
 
     Raises:
         FormatError: too many bitmaps, or names too long.
@@ -220,7 +227,7 @@ def write_bitmap_directory(transaction: MetadataTransaction, entries: list[Bitma
         first, _ = transaction.allocate(clusters, clusters)
         transaction.storage.pwrite(data, first << bits)
         extension = BitmapsExtension(len(entries), len(data), first << bits)
-    if old is not None:
+    if old is not None and freeing:
         transaction.release(old.directory_offset >> bits, state.geometry.clusters_for(old.directory_size))
     transaction.swing_bitmaps(extension)
     transaction.commit()

@@ -10,7 +10,7 @@ import pytest
 
 from tests.cli.side_by_side import process_environment
 
-COMMANDS = ["check", "convert", "create", "dd", "diff", "info", "map", "resize", "snapshot", "space"]
+COMMANDS = ["bitmap", "check", "convert", "create", "dd", "diff", "info", "map", "resize", "snapshot", "space"]
 PROBE = """
 import sys
 from qcowlib.cli.main import main
