@@ -194,9 +194,15 @@ def delete(
         gather.find(catalog, name, domain.facts(journal.layers()))
         names = [*_descendants(catalog.load(), name), name] if options.children else [name]
         plan: list[Step] = []
-        for one in names:
+        for number, one in enumerate(names):
             request = gather.delete_request(domain, catalog, journal, one, options)
-            _refuse(f"delete snapshot '{one}'", plan_delete.reasons(request))
+            against = plan_delete.reasons(request)
+            if against and dry_run and number:
+                plan.append(Step("", {}, f"delete '{one}', unless this is still so by then: {'; '.join(against)}"))
+                continue
+            if against and number:
+                against.append(f"deleted already: {', '.join(names[:number])}")
+            _refuse(f"delete snapshot '{one}'", against)
             steps_of_one = plan_delete.steps(request)
             plan += steps_of_one
             if not dry_run:

@@ -90,10 +90,14 @@ class Merge:
 
 def merges(request: DeleteRequest) -> list[Merge]:
     """The merges of a deletion: one for each external disk whose overlay is still based on its frozen file."""
+    dead = _dead_overlays(request)
     return [
         _merge(request, disk, disk.overlay)
         for disk in request.snapshot.disks
-        if disk.mode is DiskMode.EXTERNAL and disk.overlay is not None and _based(request, disk)
+        if disk.mode is DiskMode.EXTERNAL
+        and disk.overlay is not None
+        and disk.overlay not in dead
+        and _based(request, disk)
     ]
 
 
@@ -112,6 +116,19 @@ def steps(request: DeleteRequest) -> list[Step]:
 def _based(request: DeleteRequest, disk: DiskSnapshot) -> bool:
     facts = request.files.get(disk.overlay or "", FileFacts(False))
     return facts.exists and facts.backing is not None and same_file(facts.backing, disk.file)
+
+
+def _dead_overlays(request: DeleteRequest) -> list[str]:
+    """Overlays of the snapshot that the domain left by a revert, and from which nothing goes on."""
+    used = [path for one in request.facts.disks for path in (one.disk.path, *one.disk.backing_chain)]
+    used += [one.file for other in request.others for one in other.disks] + list(request.described.values())
+    found = []
+    for path in (one.overlay for one in request.snapshot.disks if one.overlay is not None):
+        facts = request.files.get(path, FileFacts(False))
+        alone = facts.exists and not facts.dependents and not facts.snapshots
+        if path in request.made and alone and not any(same_file(path, other) for other in used):
+            found.append(path)
+    return found
 
 
 def _merge(request: DeleteRequest, disk: DiskSnapshot, overlay: str) -> Merge:
@@ -136,7 +153,13 @@ def _merge(request: DeleteRequest, disk: DiskSnapshot, overlay: str) -> Merge:
         against["base"].append(f"'{overlay}' is a larger disk than '{disk.file}'")
     moved = {"base": top.data, "overlay": base.data}
     possible = [way for way in ("base", "overlay") if not against[way] and request.options.into in (None, way)]
-    into = min(possible, key=lambda way: moved[way]) if possible else None
+    # Copied into its overlay, a file that has to stay would leave the domain, and QEMU could not load from it.
+    stays = any(
+        one.mode is DiskMode.INTERNAL and same_file(one.file, disk.file)
+        for other in request.others
+        for one in other.disks
+    )
+    into = min(possible, key=lambda way: (stays and way == "overlay", moved[way])) if possible else None
     return Merge(disk, disk.file, overlay, into, against, moved)
 
 
@@ -181,6 +204,8 @@ def _steps(request: DeleteRequest) -> Iterator[Step]:
             yield Step("remove-internal", arguments, f"delete the internal snapshot in '{disk.file}'")
     for number, merge in enumerate(merges(request)):
         yield from _merge_steps(request, merge, f"ds-{request.token}-{number}")
+    for path in _dead_overlays(request):
+        yield Step("remove-file", {"path": path, "image": True}, f"remove '{path}', which nothing goes on from")
     memory = snapshot.memory
     shared = any(other.memory.file == memory.file for other in request.others)
     if memory.mode is MemoryMode.EXTERNAL and memory.file is not None and not shared:

@@ -171,6 +171,59 @@ def test_branches_that_qemu_does_not_have_open(rig: MakeRig, tmp_path: Path) -> 
     assert not guest.complaints()
 
 
+@pytest.mark.parametrize(
+    ("branch", "gone"),
+    [
+        (False, ("four", "three", "two", "one")),
+        (False, ("four", "three", "two")),
+        (True, ("three", "four", "two", "one")),
+        (True, ("three", "two")),
+    ],
+)
+def test_children_of_a_running_domain(rig: MakeRig, tmp_path: Path, branch: bool, gone: tuple[str, ...]) -> None:
+    """Inside and outside mixed: what comes from the last one named goes, the other snapshots and the guest stay.
+
+    branch: one -> two -> three, one -> four, with the guest on the latter; else each comes from the one before.
+    """
+    guest = rig()
+    domain = guest.start()
+    catalog = Catalog(str(tmp_path / "catalog"))
+    mixed = {"vda": DiskRequest(INTERNAL), "vdb": DiskRequest(EXTERNAL)}
+    for request in (
+        SnapshotRequest("one", disk_only=True, default_mode=EXTERNAL),
+        SnapshotRequest("two"),
+        SnapshotRequest("three", default_mode=EXTERNAL),
+        SnapshotRequest("four", disks=mixed),
+    ):
+        if branch and request.name == "four":
+            executor.revert(domain, catalog, "one", RevertOptions(discard_current=True))
+        executor.create(domain, catalog, request)
+        guest.wait_for_ticks(3)
+    wanted = {name: each for name, each in counters_of(catalog).items() if name not in gone}
+    shown = executor.delete(domain, catalog, gone[-1], DeleteOptions(children=True), dry_run=True)
+    assert len(catalog.load()) == 4
+    assert isinstance(shown, list)
+    assert sum(step.action == "decide" or step.text.startswith("delete '") for step in shown) >= len(gone)
+    assert sorted(executor.delete(domain, catalog, gone[-1], DeleteOptions(children=True))) == sorted(gone)
+    assert counters_of(catalog) == wanted
+    assert catalog.current == ("four" if "four" in wanted else "one" if wanted else None)
+    guest.wait_for_ticks(3)
+    assert domain.qmp.execute("query-jobs") == []
+    facts = domain.facts().disks
+    assert {one.name for facts_ in facts for one in facts_.snapshots} <= set(wanted)
+    files = {path for one in facts for path in (one.disk.path, *one.disk.backing_chain)}
+    kept = {path for one in catalog.load() for disk in one.disks for path in (disk.file, disk.overlay or "")}
+    kept |= {one.memory.file or "" for one in catalog.load()}
+    left = images(guest) - {os.path.basename(path) for path in files | kept}
+    assert left <= {"d0.qcow2", "d1.qcow2"}  # those of the description stay, whoever goes on with what they hold
+    assert not guest.complaints()
+    guest.quit(domain.qmp)
+    for path in files:
+        oracle.assert_clean(path)
+    guest.start(paths=executor.Journal(catalog.directory).layers())
+    assert not guest.complaints()
+
+
 def test_other_users_of_a_base_are_refused(rig: MakeRig, tmp_path: Path) -> None:
     guest = rig()
     guest.quit(guest.start().qmp)

@@ -113,3 +113,28 @@ def test_a_running_qemu_s_commands_are_shown() -> None:
         {"execute": "block-stream", "arguments": {"job-id": "ds-t-0", "device": "d0"}}
     ]
     assert not [step for step in steps(request()) if step.commands]  # off
+
+
+def test_an_overlay_from_which_nothing_goes_on_is_removed_with_its_snapshot() -> None:
+    """The domain has left it by a revert: merging it would move bytes that nobody can read any more."""
+    elsewhere = domain(disk("vda", path="/d/branch.qcow2", backing_chain=(BASE,)), active=False)
+    left = {"facts": elsewhere, "files": files(base={"dependents": [TOP, "/d/branch.qcow2"]})}
+    assert merges(request(**left)) == []
+    assert [(step.action, step.arguments.get("path")) for step in steps(request(**left))][2:] == [("remove-file", TOP)]
+    for more in (
+        {"made": set()},  # not ours
+        {"files": files(top={"snapshots": ["i"]})},
+        {"files": files(top={"dependents": ["/d/x.qcow2"]})},
+        {"others": (snapshot("o", file=TOP, overlay="/d/x.qcow2"),)},
+        {"described": {"vda": TOP}},
+    ):
+        (merge,) = merges(request(**(left | more)))
+        assert merge.overlay == TOP
+
+
+def test_a_file_that_stays_for_an_internal_snapshot_is_merged_into() -> None:
+    inside = DiskSnapshot("vda", DiskMode.INTERNAL, BASE, "qcow2", internal_name="i", internal_id="1")
+    other = snapshot("i", disks=(inside,))
+    cheaper = {"files": files(top={"data": 5000}), "others": (other,)}
+    assert merges(request(**cheaper))[0].into == "base"
+    assert merges(request(**cheaper, options=DeleteOptions(into="overlay")))[0].into == "overlay"
