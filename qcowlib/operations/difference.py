@@ -13,7 +13,6 @@ some of it may hold the same bytes. Behind the end of the smaller disk there are
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
@@ -22,23 +21,26 @@ import numpy as np
 import numpy.typing as npt
 
 from qcowlib.errors import ChainError, CorruptMetadata
-from qcowlib.extents import ExtentKind, ExtentTable, Int64Array, Uint8Array
+from qcowlib.extents import ExtentTable, Int64Array, Uint8Array
 from qcowlib.format.entries import L1_OFFSET_MASK, offsets
-from qcowlib.image.chain import Layer, chain_layers, clip, cut
-from qcowlib.image.qcow2 import MappedLayer, Qcow2Image, SnapshotView
-from qcowlib.image.raw import RawImage, StorageWindow
+from qcowlib.image.chain import Layer, chain_layers
+from qcowlib.image.qcow2 import MappedLayer, SnapshotView
 from qcowlib.image.reader import ReadableImage
 from qcowlib.metadata.mapping import ClusterMapping
-from qcowlib.storage.protocol import ReadStorage
+from qcowlib.operations.located import (
+    DAMAGED,
+    Located,
+    Places,
+    data_storage,
+    identity,
+    left_out,
+    located,
+    same_content,
+    sound_rows,
+)
 
 _SECTOR = 512
 _PIECE = 1 << 20  # guest bytes that are compared at once
-
-# Kinds of this module beside those of `ExtentKind`.
-_DAMAGED, _MISSING = 254, 255
-
-#: So many damaged places are narrowed down to a cluster; with more, to an L2 table's range; with more yet, not at all.
-_NARROW_TO_CLUSTER, _NARROW_TO_TABLE = 1 << 10, 1 << 13
 
 
 class ChangeKind(IntEnum):
@@ -99,12 +101,12 @@ def difference(
         StorageError: a file cannot be read.
     """
     size = max(old.size, new.size)
-    names = _Places()
+    places = Places()
     for first, last, sound in _spans(old, new, size):
         if sound:
             pieces = _damage(new, first, last)
         else:
-            pieces = _changes(_located(old, names, first, last), _located(new, names, first, last))
+            pieces = _changes(located(old, places, first, last), located(new, places, first, last))
         for table in pieces:
             found = _compared(table, old, new) if exact else table
             if len(found):
@@ -182,9 +184,9 @@ def _same_file(old: ReadableImage, new: ReadableImage) -> bool:
     """Whether both are states in one qcow2 file, over the same backing file."""
     if not isinstance(old, MappedLayer) or not isinstance(new, MappedLayer):
         return False
-    if _identity(old.state.storage) != _identity(new.state.storage):
+    if identity(old.state.storage) != identity(new.state.storage):
         return False
-    if (old.backing is None) != (new.backing is None) or _left_out(old) != _left_out(new):
+    if (old.backing is None) != (new.backing is None) or left_out(old) != left_out(new):
         return False
     return old.backing is None or new.backing is None or _same_chain(old.backing, new.backing)
 
@@ -192,119 +194,9 @@ def _same_file(old: ReadableImage, new: ReadableImage) -> bool:
 def _same_chain(old: Layer, new: Layer) -> bool:
     one, other = chain_layers(old), chain_layers(new)
     return len(one) == len(other) and all(
-        _identity(_storage(a)) == _identity(_storage(b)) and a.size == b.size for a, b in zip(one, other, strict=True)
+        identity(data_storage(a)) == identity(data_storage(b)) and a.size == b.size
+        for a, b in zip(one, other, strict=True)
     )
-
-
-# -- rows with their places
-
-
-class _Places:
-    """Numbers for the files that hold data, the same for the same file however it was opened."""
-
-    def __init__(self) -> None:
-        self._numbers: dict[object, int] = {}
-
-    def number(self, what: object) -> int:
-        """The number of a file, or of the name of one that is not there."""
-        return self._numbers.setdefault(what, len(self._numbers))
-
-
-@dataclass(frozen=True, slots=True)
-class _Located:
-    """Rows of a state and the number of the file that each is in."""
-
-    rows: ExtentTable
-    place: Int64Array
-
-    @property
-    def end(self) -> int:
-        return int(self.rows.start[-1] + self.rows.length[-1])
-
-    def between(self, first: int, end: int) -> _Located:
-        rows = clip(self.rows, first, end)
-        if len(rows) == len(self.place):
-            return _Located(rows, self.place)
-        index = np.searchsorted(self.rows.start, rows.start, side="right") - 1
-        return _Located(rows, self.place[index])
-
-    def at(self, starts: Int64Array, end: int) -> _Located:
-        index = np.searchsorted(self.rows.start, starts, side="right") - 1
-        return _Located(cut(self.rows, starts, end), self.place[index])
-
-
-def _located(image: ReadableImage, names: _Places, first: int, last: int) -> Iterator[_Located]:
-    """Rows of a state from `first` to `last`, which may lie behind its end; never raises for damage."""
-    layers = chain_layers(image)
-    places = np.array([names.number(_identity(_storage(layer))) for layer in layers], dtype=np.int64)
-    bottom = layers[-1]
-    missing = _left_out(bottom)
-    end = min(last, image.size)
-    for table in _sound_rows(image, first, end) if first < end else ():
-        place = places[table.layer]
-        if missing is not None:
-            lost = (table.kind == ExtentKind.UNALLOCATED) & (table.layer == len(layers) - 1)
-            table.kind[lost] = _MISSING
-            place[lost] = names.number(missing)
-        yield _Located(table, place)
-    if max(first, end) < last:
-        start = max(first, end)
-        row = ExtentTable.from_rows([(start, last - start, ExtentKind.UNALLOCATED, -1, 0, 0)])
-        yield _Located(row, np.zeros(1, dtype=np.int64))
-
-
-def _sound_rows(image: ReadableImage, first: int, last: int) -> Iterator[ExtentTable]:
-    """Extents in which a damaged range is a row of its own."""
-    narrowed = 0
-    pending = [(first, last)]
-    while pending:
-        position, end = pending.pop()
-        try:
-            for table in image.extents(position, end - position):
-                yield table
-                position = int(table.start[-1] + table.length[-1])
-        except (CorruptMetadata, ChainError):
-            unit = _unit(image, narrowed)
-            middle = (position + end) // 2 // unit * unit
-            if middle <= position:
-                middle = (position // unit + 1) * unit
-            if middle >= end:
-                narrowed += 1
-                yield ExtentTable.from_rows([(position, end - position, _DAMAGED, -1, 0, 0)])
-            else:
-                pending += [(middle, end), (position, middle)]
-
-
-def _unit(image: ReadableImage, narrowed: int) -> int:
-    """The smallest range that damage is narrowed down to, in bytes."""
-    if narrowed < _NARROW_TO_CLUSTER:
-        return image.cluster_size
-    if narrowed < _NARROW_TO_TABLE and isinstance(image, MappedLayer):
-        return image.state.geometry.l2_coverage
-    return 1 << 62
-
-
-def _storage(layer: Layer) -> ReadStorage | None:
-    if isinstance(layer, MappedLayer):
-        return layer.state.data_storage
-    return layer.storage if isinstance(layer, RawImage) else None
-
-
-def _identity(storage: ReadStorage | None) -> object:
-    """Equal for storages of the same host file."""
-    while isinstance(storage, StorageWindow):
-        storage = storage.inner  # host offsets count in the file below all windows
-    fileno = getattr(storage, "fileno", None)
-    if fileno is None:
-        return id(storage)
-    status = os.fstat(fileno())
-    return status.st_dev, status.st_ino
-
-
-def _left_out(layer: Layer) -> str | None:
-    """Name of the backing file that was not opened."""
-    image = layer.image if isinstance(layer, SnapshotView) else layer
-    return image.header.backing_file if isinstance(image, Qcow2Image) and image.backing_left_out else None
 
 
 # -- what differs
@@ -312,14 +204,14 @@ def _left_out(layer: Layer) -> str | None:
 
 def _damage(image: ReadableImage, first: int, last: int) -> Iterator[ChangeTable]:
     """The damaged ranges of a state: of both, where they share their tables."""
-    for table in _sound_rows(image, first, min(last, image.size)):
-        chosen = table.kind == _DAMAGED
+    for table in sound_rows(image, first, min(last, image.size)):
+        chosen = table.kind == DAMAGED
         if chosen.any():
             kinds = np.full(int(chosen.sum()), ChangeKind.UNKNOWN, dtype=np.uint8)
             yield ChangeTable(table.start[chosen], table.length[chosen], kinds)
 
 
-def _changes(old: Iterator[_Located], new: Iterator[_Located]) -> Iterator[ChangeTable]:
+def _changes(old: Iterator[Located], new: Iterator[Located]) -> Iterator[ChangeTable]:
     """Compare the rows of the same range, batch by batch, each cut where the other has an edge."""
     left, right = next(old, None), next(new, None)
     while left is not None and right is not None:
@@ -332,20 +224,12 @@ def _changes(old: Iterator[_Located], new: Iterator[_Located]) -> Iterator[Chang
         right = right.between(end, right.end) if right.end > end else next(new, None)
 
 
-def _judged(old: _Located, new: _Located) -> ChangeTable:
+def _judged(old: Located, new: Located) -> ChangeTable:
     """The rows that are not the same, of two lists of rows with the same edges."""
-    same_kind = old.rows.kind == new.rows.kind
-    same_place = same_kind & (old.place == new.place) & (old.rows.host_offset == new.rows.host_offset)
-    unknown = (old.rows.kind >= _DAMAGED) | (new.rows.kind >= _DAMAGED)
-    same = same_place & (old.rows.kind != _DAMAGED)
-    same |= _zero(old.rows) & _zero(new.rows)
+    same = same_content(old, new)
+    unknown = (old.rows.kind >= DAMAGED) | (new.rows.kind >= DAMAGED)
     kinds = np.where(unknown, ChangeKind.UNKNOWN, ChangeKind.CHANGED).astype(np.uint8)
     return ChangeTable(new.rows.start[~same], new.rows.length[~same], kinds[~same])
-
-
-def _zero(rows: ExtentTable) -> npt.NDArray[np.bool_]:
-    zero: npt.NDArray[np.bool_] = (rows.kind == ExtentKind.ZERO) | (rows.kind == ExtentKind.UNALLOCATED)
-    return zero
 
 
 def _joined(table: ChangeTable) -> ChangeTable:
