@@ -15,6 +15,7 @@ from qcowlib.cli.common import (
     SHORT_FORMAT,
     CommandFailed,
     cache_mode,
+    report,
     report_error,
     size_argument,
     stock_text,
@@ -62,8 +63,8 @@ SYNTAX = Syntax(
         Option("cache", "t", "", "CACHE", "cache mode of the target; it is on disk at the end in all of them"),
         Option("source-cache", "T", "", "CACHE", "cache mode of the source; reading is the same in all of them"),
         Option("salvage", "", "salvage", None, "not available yet"),
-        Option("bitmaps", "", "bitmaps", None, "not available yet"),
-        Option("skip-broken-bitmaps", "", "skip-broken-bitmaps", None, "not available yet"),
+        Option("bitmaps", "", "bitmaps", None, "copy the dirty bitmaps, too (qcow2)"),
+        Option("skip-broken-bitmaps", "", "skip-broken-bitmaps", None, "leave out inconsistent bitmaps"),
         PROGRESS,
         QUIET,
         OBJECT,
@@ -145,6 +146,9 @@ def _convert(
             backing_fmt=target.backing_format,
             sparse_size=sparse_size,
             target_is_zero=arguments.has("target-is-zero"),
+            bitmaps=arguments.has("bitmaps"),
+            skip_broken_bitmaps=arguments.has("skip-broken-bitmaps"),
+            warn=lambda text: report(f"warning: {text}"),
             policy=LocalFiles(),
             target_passphrase=target.passphrase,
             executor=executor,
@@ -328,9 +332,9 @@ def _refuse_contradictions(arguments: Arguments, option_text: str | None) -> Non
 
 
 def _refuse_missing_features(arguments: Arguments, sources: list[str]) -> None:
+    if len(sources) > 1 and arguments.has("bitmaps"):
+        raise CommandFailed("Copying bitmaps only possible with single source")
     if len(sources) > 1:
         raise CommandFailed("joining several images is not available yet")
-    if arguments.has("bitmaps"):
-        raise CommandFailed("copying bitmaps is not available yet")
     if arguments.has("salvage"):
         raise CommandFailed("salvaging is not available yet")

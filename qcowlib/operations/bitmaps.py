@@ -191,8 +191,7 @@ def copy_bitmaps(
             last to the first) have been copied.
     """
     require_copyable(_settled(source), skip_broken=skip_broken)
-    if target.format != "qcow2":
-        raise BitmapError(f"Format driver '{target.format}' does not support bitmaps")
+    require_bitmaps_possible(target)
     assert isinstance(source, Qcow2Image)
     chosen = []
     for entry in reversed(source.bitmaps):
@@ -232,6 +231,16 @@ def require_copyable(source: BlockImage, *, skip_broken: bool) -> None:
             text = f"Cannot copy inconsistent bitmap '{entry.name}'"
             hint = "Try --skip-broken-bitmaps, or use 'qemu-img bitmap --remove' to delete it"
             raise BitmapError(text, stock=f"{text}\n{hint}")
+
+
+def require_bitmaps_possible(image: BlockImage) -> None:
+    """Make sure that an image can have bitmaps.
+
+    Raises:
+        BitmapError: it is no qcow2 image of version 3.
+    """
+    if not isinstance(image, Qcow2Image) or image.header.version < 3:
+        raise BitmapError(f"Format driver '{image.format}' does not support bitmaps")
 
 
 def bitmaps_size(image: BlockImage, cluster_size: int) -> int:

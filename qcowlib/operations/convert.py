@@ -6,12 +6,12 @@ options checked -> source's mapping walked (damage is found before anything is w
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
 from typing import Unpack
 
-from qcowlib.errors import ImageStateError, OptionError
+from qcowlib.errors import BitmapError, ImageStateError, OptionError
 from qcowlib.image.chain import chain_layers
 from qcowlib.image.creation import create_image
 from qcowlib.image.creation_options import CreationOptions
@@ -20,6 +20,7 @@ from qcowlib.image.policy import OpenPolicy
 from qcowlib.image.qcow2 import MappedLayer
 from qcowlib.image.raw import RawImage, StorageWindow
 from qcowlib.image.reader import ReadableImage
+from qcowlib.operations.bitmaps import copy_bitmaps, require_bitmaps_possible, require_copyable
 from qcowlib.operations.copying import CopyJob, Progress, WritableImage, copy
 from qcowlib.storage.local import LocalFile
 from qcowlib.storage.protocol import ReadStorage
@@ -38,6 +39,9 @@ def convert(
     backing_fmt: str | None = None,
     sparse_size: int = DEFAULT_SPARSE_SIZE,
     target_is_zero: bool = False,
+    bitmaps: bool = False,
+    skip_broken_bitmaps: bool = False,
+    warn: Callable[[str], None] | None = None,
     policy: OpenPolicy | None = None,
     target_passphrase: str | bytes | None = None,
     executor: Executor | None = None,
@@ -59,6 +63,9 @@ def convert(
             file, since what the source has not allocated itself is left to it.
         sparse_size: bytes of zeroes from which on a range is left out of the target; 0 allocates everything.
         target_is_zero: an existing target is known to read as zeroes.
+        bitmaps: copy the persistent dirty bitmaps of the source, too (qcow2 only).
+        skip_broken_bitmaps: leave out inconsistent ones instead of refusing.
+        warn: called with a sentence about each that is left out.
         policy: which files that the target names may be opened (its backing file).
         target_passphrase: of an encrypted target; by default that of `options`.
         executor: reads (and compresses) ahead in it; compressed clusters then lie in the order in which they were done.
@@ -67,12 +74,17 @@ def convert(
 
     Raises:
         OptionError: the arguments do not fit each other.
+        BitmapError: the bitmaps cannot be copied; with `create`, nothing was made then.
         ImageStateError: the target is a file of the source.
         CorruptMetadata: the source cannot be read; when its mapping is damaged, the target was not touched.
         StorageError, ImageLocked, ChainError: the target cannot be made or written. A file that was made is removed.
     """
     path = os.fspath(target)
     _refuse_bad_options(target_format, create, compressed, backing_file, target_is_zero, options)
+    if bitmaps:
+        require_copyable(source, skip_broken=skip_broken_bitmaps)
+        if create and (target_format != "qcow2" or options.get("compat") in ("0.10", "v2")):
+            raise BitmapError(f"Format driver '{target_format}' does not support bitmaps")
     refuse_own_source(source, path)
     job = CopyJob(source, 0, source.size, backing_file is not None, compressed, sparse_size, executor, progress)
     total = job.data_bytes()
@@ -82,11 +94,17 @@ def convert(
         ) as image:
             if image.size < source.size:
                 raise OptionError("output file is smaller than input file")
+            if bitmaps:
+                require_bitmaps_possible(image)
             copy(job, image, is_zero=target_is_zero, total=total)
+            if bitmaps:
+                copy_bitmaps(source, image, skip_broken=skip_broken_bitmaps, warn=warn)
         return
     passphrase = target_passphrase or options.get("encrypt_passphrase")
     with created(path, source.size, target_format, backing_file, backing_fmt, policy, passphrase, options) as image:
         copy(job, image, is_zero=backing_file is None, total=total)
+        if bitmaps:
+            copy_bitmaps(source, image, skip_broken=skip_broken_bitmaps, warn=warn)
 
 
 @contextmanager
