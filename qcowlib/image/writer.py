@@ -181,6 +181,10 @@ class ClusterWriter:
         self._release(table.entries[index : index + 1])
         self._set(table, index, entry, 0)
 
+    def expect_backing(self) -> None:
+        """Unallocated clusters read from a backing file, or are going to: zeroes need entries that say so."""
+        self._guest = self._guest._replace(has_backing=True)
+
     def _table_pieces(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """The range cut at the borders of L2 tables."""
         while start < stop:

@@ -1,29 +1,42 @@
 """Rebase: give an image another backing file, without changing what a guest reads.
 
-    where the image has nothing of its own: old backing content != new one -> copied into the image -> flush
+    where the image has nothing of its own:
+        zero in both backing files, or the same place of the same file -> equal without a look
+        else read, compared by (sub)clusters -> what differs is copied into the image -> flush
     new backing file name into a free place of the first cluster -> flush
     the first sector, which points to the name -> flush
 
-Until the last write the image shows the old chain, from then on the new one; both read alike.
+Until the last write the image shows the old chain, from then on the new one; both read alike. A rebase that was cut
+off is simply done again.
+
+Source: QEMU 7.2, `qemu-img rebase`, compression from QEMU 8.2. As there, what lies behind the end of the old backing
+file becomes zero clusters, other zeroes data.
 """
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
+import numpy.typing as npt
 
-from qcowlib.errors import OptionError
-from qcowlib.extents import ExtentKind
+from qcowlib.errors import ChainError, CorruptMetadata, OptionError, QcowError, StorageError
+from qcowlib.extents import ExtentKind, ExtentTable, Int64Array
 from qcowlib.format import constants as k
 from qcowlib.format.extensions import HeaderExtension
 from qcowlib.format.header import Header
+from qcowlib.image.chain import chain_layers
+from qcowlib.image.qcow2 import MappedLayer
 from qcowlib.image.reader import ReadableImage
 from qcowlib.image.writable import WritableQcow2Image
+from qcowlib.operations.located import Located, Places, identity, located, same_content
 
 _PIECE = 2 << 20  # a multiple of every cluster size
 _SECTOR = 512
+_MAX_NAME = 1023
 
 
 def rebase(
@@ -33,6 +46,7 @@ def rebase(
     *,
     new: ReadableImage | None = None,
     unsafe: bool = False,
+    compressed: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Change the backing file of an image.
@@ -51,25 +65,38 @@ def rebase(
         backing_fmt: its format; to be given with `backing_file`.
         new: the new backing file, opened; None when there is none, or with `unsafe`.
         unsafe: change the name alone: for a backing file that was moved, or whose content is known to be the same.
+        compressed: write whole clusters that have to be copied compressed.
         progress: called with (bytes looked at, bytes to look at).
 
     Returns: bytes copied into the image. All is durable.
 
     Raises:
-        OptionError: the name or format is missing or does not fit. Nothing was changed.
+        OptionError: the name or format is missing or does not fit, or clusters cannot be compressed. Nothing was
+            changed.
+        ChainError: the new backing file is based on the image itself: nothing was changed. Or a backing file cannot be
+            read.
         CorruptMetadata, StorageError: as for reads and writes; the image still has its old backing file.
     """
     if (backing_file is None) != (backing_fmt is None):
-        raise OptionError("a backing file and its format go together")
+        raise OptionError("a backing file and its format go together", stock="backing format must be specified")
     if not unsafe:
         if image.backing_left_out:
             raise OptionError("the old backing file must be opened to rebase safely")
         if (backing_file is None) != (new is None):
             raise OptionError("the new backing file must be opened to rebase safely")
+        if new is not None:
+            _refuse_loop(image, new)
+    if compressed and (image.header.has_data_file or image.cipher is not None):
+        raise OptionError("compressed clusters are not possible with encryption or an external data file")
     header = _new_header(image.header, backing_file, backing_fmt)
-    copied = 0 if unsafe else _copy_differences(image, new, progress)
-    image.flush()
-    with image.exclusive() as transaction:
+    copied = 0
+    if not unsafe:
+        if backing_file is not None:
+            image.writer.expect_backing()  # zeroes that nothing shows through today must be said to be zero
+        copied = _copy_differences(image, new, compressed, progress)
+        with _told("Error while writing to COW image"):
+            image.flush()
+    with _told(f"Could not change the backing file to '{backing_file or ''}'"), image.exclusive() as transaction:
         offset, name = _name_place(header)
         if offset + len(name) > _SECTOR:
             transaction.storage.pwrite(name, offset)
@@ -80,8 +107,32 @@ def rebase(
     return copied
 
 
+@contextmanager
+def _told(words: str) -> Iterator[None]:
+    """A failure of the host is told as qemu-img does, on the command line."""
+    try:
+        yield
+    except StorageError as error:
+        error.stock = f"{words}: {error.cause.strerror}"
+        raise
+
+
+def _refuse_loop(image: WritableQcow2Image, new: ReadableImage) -> None:
+    own = identity(image.state.storage)
+    if any(isinstance(layer, MappedLayer) and identity(layer.state.storage) == own for layer in chain_layers(new)):
+        raise ChainError(f"'{new.name}' is '{image.name}' or based on it: the chain would be a loop")
+
+
+# -- the name in the header
+
+
 def _new_header(header: Header, backing_file: str | None, backing_fmt: str | None) -> Header:
     """The header with another backing name, such that one write of the first sector swings it."""
+    if backing_file is not None and header.has_raw_data_file:
+        message = "the external data file alone must show the disk: no backing file is possible"
+        raise OptionError(message, errno=errno.EINVAL)
+    if len((backing_file or "").encode("utf-8", "surrogateescape")) > _MAX_NAME:
+        raise OptionError(f"the name of the backing file is longer than {_MAX_NAME} bytes", errno=errno.EINVAL)
     extension = None if backing_fmt is None else HeaderExtension(k.EXTENSION_BACKING_FORMAT, backing_fmt.encode())
     extensions = header.with_extension(k.EXTENSION_BACKING_FORMAT, extension)
     changed = replace(header, backing_file=backing_file, extensions=extensions, layout=None)
@@ -100,7 +151,8 @@ def _new_header(header: Header, backing_file: str | None, backing_fmt: str | Non
         for offset in (_SECTOR, -(-max(_SECTOR, old_end) // 8) * 8):
             if offset + length <= header.cluster_size and (offset >= old_end or offset + length <= old_offset):
                 return candidate.with_backing_name_at(offset)
-    raise OptionError("the header has no room for the new backing file name beside the old one")
+    message = "the header has no room for the new backing file name beside the old one"
+    raise OptionError(message, stock="No space left in the file header", errno=errno.ENOSPC)
 
 
 def _without_names(header: Header) -> Header:
@@ -115,54 +167,153 @@ def _name_place(header: Header) -> tuple[int, bytes]:
     return offset, built[offset : offset + length]
 
 
+# -- the content
+
+
 def _copy_differences(
-    image: WritableQcow2Image, new: ReadableImage | None, progress: Callable[[int, int], None] | None
+    image: WritableQcow2Image,
+    new: ReadableImage | None,
+    compressed: bool,
+    progress: Callable[[int, int], None] | None,
 ) -> int:
-    """Give the image of its own what the new backing file would show differently."""
-    old, cluster, copied = image.backing, image.cluster_size, 0
-    # What is written while the mapping is walked would be walked as well.
-    gaps = list(_gaps(image))
-    total, done = sum(end - start for start, end in gaps), 0
-    for start, end in gaps:
-        for offset in range(start, end, _PIECE):
-            length = min(_PIECE, end - offset)
-            before, after = _content(old, offset, length), _content(new, offset, length)
-            if before != after:
-                copied += _write_differing(image, offset, before, after, cluster)
-            done += length
+    """Give the image of its own what the new backing file would show differently; the bytes written."""
+    with _metadata_told():
+        total = sum(int(table.length[_gaps(table)].sum()) for table in image.layer_extents(0, image.size))
+    copier = _Copier(image, new, compressed=compressed)
+    done = 0
+    with _metadata_told():
+        # What is written belongs to a batch of rows that has been looked at.
+        for table in image.layer_extents(0, image.size):
+            gaps = _gaps(table)
+            if not gaps.any():
+                continue
+            for start, end in copier.suspects(table):
+                copier.copy(start, end)
+            done += int(table.length[gaps].sum())
             if progress is not None:
                 progress(done, total)
-    return copied
+    return copier.written
 
 
-def _gaps(image: WritableQcow2Image) -> Iterator[tuple[int, int]]:
-    """The guest ranges (start, end) that the image leaves to its backing file."""
-    for table in image.layer_extents(0, image.size):
-        chosen = np.flatnonzero(table.kind == ExtentKind.UNALLOCATED)
-        for row in chosen.tolist():
-            start = int(table.start[row])
-            yield start, start + int(table.length[row])
+@contextmanager
+def _metadata_told() -> Iterator[None]:
+    """Damage of the image's own mapping is told as qemu-img does, on the command line."""
+    try:
+        yield
+    except CorruptMetadata as error:
+        error.stock = "error while reading image metadata: Input/output error"
+        raise
 
 
-def _content(image: ReadableImage | None, offset: int, length: int) -> bytes:
-    """Guest bytes of a backing file as they show through: zeroes behind its end."""
-    inside = 0 if image is None else max(0, min(length, image.size - offset))
-    data = image.read(offset, inside) if image is not None and inside else b""
-    return data.ljust(length, b"\0")
+def _gaps(table: ExtentTable) -> npt.NDArray[np.bool_]:
+    """Rows that the image leaves to its backing file."""
+    gaps: npt.NDArray[np.bool_] = table.kind == ExtentKind.UNALLOCATED
+    return gaps
 
 
-def _write_differing(image: WritableQcow2Image, offset: int, before: bytes, after: bytes, cluster: int) -> int:
-    """Write the clusters of a piece that differ; returns the bytes written."""
-    written, position = 0, 0
-    while position < len(before):
-        # Pieces begin inside a cluster where the image has a part of it (subclusters).
-        end = min(len(before), position + cluster - (offset + position) % cluster)
-        if before[position:end] != after[position:end]:
-            piece = before[position:end]
-            if any(piece):
-                image.write(offset + position, piece)
-            else:
-                image.write_zeroes(offset + position, len(piece))
-            written += len(piece)
-        position = end
-    return written
+class _Copier:
+    """Copies from the old backing file what the new one has differently.
+
+    Args:
+        image: where to write.
+        new: the new backing file; None for none.
+        compressed: compress whole clusters.
+
+    Attributes:
+        written: bytes so far.
+    """
+
+    def __init__(self, image: WritableQcow2Image, new: ReadableImage | None, *, compressed: bool) -> None:
+        self.image, self.old, self.new = image, image.backing, new
+        self.compressed = compressed
+        self.unit = image.state.geometry.subcluster_size
+        self.places = Places()
+        self.written = 0
+
+    def suspects(self, table: ExtentTable) -> Iterator[tuple[int, int]]:
+        """Ranges of the gaps in a batch of rows that may differ, by metadata; in whole units."""
+        own = Located(table, np.full(len(table), -1, dtype=np.int64))
+        first, last = int(table.start[0]), own.end
+        for before in self._rows(self.old, first, last):
+            for after in self._rows(self.new, int(before.rows.start[0]), before.end):
+                low, high = int(after.rows.start[0]), after.end
+                mine = own.between(low, high)
+                starts = np.union1d(np.union1d(mine.rows.start, after.rows.start), before.between(low, high).rows.start)
+                gaps = _gaps(mine.at(starts, high).rows)
+                differ = gaps & ~same_content(before.at(starts, high), after.at(starts, high))
+                yield from self._whole_units(starts, high, differ)
+
+    def copy(self, start: int, end: int) -> None:
+        """Read a range of both backing files, and write the units that differ."""
+        for offset in range(start, end, _PIECE):
+            length = min(_PIECE, end - offset)
+            before = self._content(self.old, "old", offset, length)
+            after = self._content(self.new, "new", offset, length)
+            if before != after:
+                with _told("Error while writing to COW image"):
+                    self._write_differing(offset, before, after)
+
+    def _rows(self, backing: ReadableImage | None, first: int, last: int) -> Iterator[Located]:
+        """Rows of a backing file; what lies behind its end is zero."""
+        if backing is not None:
+            yield from located(backing, self.places, first, last)
+        else:
+            row = ExtentTable.from_rows([(first, last - first, ExtentKind.UNALLOCATED, -1, 0, 0)])
+            yield Located(row, np.full(1, -1, dtype=np.int64))
+
+    def _whole_units(self, starts: Int64Array, end: int, chosen: npt.NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
+        """The chosen rows widened to whole units, those that touch joined."""
+        index = np.flatnonzero(chosen)
+        if not len(index):
+            return
+        ends = np.append(starts[1:], end)
+        low = starts[index] // self.unit * self.unit
+        high = np.minimum(-(-ends[index] // self.unit) * self.unit, self.image.size)
+        heads = np.flatnonzero(np.concatenate(([True], low[1:] > high[:-1])))
+        tails = np.append(heads[1:], len(low)) - 1
+        yield from zip(low[heads].tolist(), high[tails].tolist(), strict=True)
+
+    @staticmethod
+    def _content(backing: ReadableImage | None, which: str, offset: int, length: int) -> bytes:
+        """Guest bytes of a backing file as they show through: zeroes behind its end."""
+        inside = 0 if backing is None else max(0, min(length, backing.size - offset))
+        if backing is None or not inside:
+            return bytes(length)
+        try:
+            return backing.read(offset, inside).ljust(length, b"\0")
+        except QcowError as error:
+            text = f"error while reading from {which} backing file"
+            raise ChainError(f"{text} '{backing.name}': {error}", stock=text) from error
+
+    def _write_differing(self, offset: int, before: bytes, after: bytes) -> None:
+        """Write the runs of units of a piece that differ."""
+        padded = -(-len(before) // self.unit) * self.unit
+        one, other = (
+            np.frombuffer(data.ljust(padded, b"\0"), dtype=np.uint64).reshape(-1, self.unit // 8)
+            for data in (before, after)
+        )
+        differ = (one != other).any(axis=1)
+        edges = np.flatnonzero(np.diff(differ.astype(np.int8), prepend=np.int8(0), append=np.int8(0))) * self.unit
+        view = memoryview(before)
+        # Behind its end the old backing file shows zeroes of which nothing needs to be stored.
+        old_size = 0 if self.old is None else -(-self.old.size // self.unit) * self.unit
+        for start, end in zip(edges[0::2].tolist(), edges[1::2].tolist(), strict=True):
+            stop = min(end, len(before))
+            inside = min(max(old_size - offset, start), stop)
+            self._write(offset + start, view[start:inside])
+            if inside < stop:
+                self.image.write_zeroes(offset + inside, stop - inside)
+            self.written += stop - start
+
+    def _write(self, offset: int, data: memoryview) -> None:
+        """Write units; with compression the clusters of which the image has no part and which differ wholly."""
+        size, end = self.image.cluster_size, offset + len(data)
+        low = high = end
+        if self.compressed:
+            low = min(-(-offset // size) * size, end)
+            high = end if end == self.image.size else max(low, end // size * size)
+        for start, stop in ((offset, low), (high, end)):
+            if start < stop:
+                self.image.write(start, data[start - offset : stop - offset])
+        for start in range(low, high, size):
+            self.image.write_compressed(start, data[start - offset : min(start + size, high) - offset])
