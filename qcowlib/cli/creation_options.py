@@ -172,6 +172,15 @@ def library_options(values: dict[str, str], secrets: dict[str, bytes]) -> dict[s
     return options
 
 
+def size_parameter(text: str) -> int:
+    """The size that an option named "size" stands for; as for QEMU, from 2^63 on it is negative.
+
+    Raises:
+        OptionError: no size.
+    """
+    return _signed(_size("size", text))
+
+
 def _checked(option: CreationOption, value: str) -> str:
     if option.type == "bool" and value not in _TRUE + _FALSE:
         raise OptionError(f"Parameter '{option.name}' expects 'on' or 'off'")

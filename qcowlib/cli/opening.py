@@ -8,6 +8,7 @@ Failures are told as qemu-img does: Could not open 'FILENAME as given': reason.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
@@ -160,6 +161,35 @@ def open_image_name_for_writing(name: ImageName, *, open_backing: bool) -> Writa
         )
     except QcowError as error:
         raise not_opened(name, error) from error
+
+
+def with_known_format(name: ImageName) -> ImageName:
+    """The name with a format, for verbs that write: that an image is raw is only guessed, with a warning.
+
+    Raises:
+        CommandFailed: it cannot be opened.
+    """
+    from dataclasses import replace
+
+    from qcowlib.image.probe import probe_format
+    from qcowlib.storage.local import open_local
+
+    if name.reference.format is not None or name.reference.windows:
+        return name
+    try:
+        with open_local(name.reference.path, writable=False, force_share=True) as storage:
+            found = probe_format(storage)
+    except QcowError as error:
+        raise not_opened(name, error) from error
+    if found == "raw":
+        print(
+            f"WARNING: Image format was not specified for '{name.reference.path}' and probing guessed raw.\n"
+            "         Automatically detecting the format is dangerous for raw images, write operations on block 0 will "
+            "be restricted.\n"
+            "         Specify the 'raw' format explicitly to remove the restrictions.",
+            file=sys.stderr,
+        )
+    return name._replace(reference=replace(name.reference, format=found))
 
 
 def _warn_of_stale_bitmaps(image: Qcow2Image | RawImage) -> None:

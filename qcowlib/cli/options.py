@@ -32,12 +32,16 @@ class Option(NamedTuple):
 
 
 class Syntax(NamedTuple):
-    """What a command takes: `usage` without program and command, options, free text below them."""
+    """What a command takes: `usage` without program and command, options, free text below them.
+
+    With `ends_with_operand` the last word is an operand whatever it begins with.
+    """
 
     command: str
     usage: str
     options: tuple[Option, ...]
     notes: str = ""
+    ends_with_operand: bool = False
 
 
 class Arguments:
@@ -73,7 +77,8 @@ def parse_arguments(syntax: Syntax, arguments: list[str]) -> Arguments:
     """
     options: list[tuple[str, str]] = []
     operands: list[str] = []
-    words = iter(arguments)
+    last = arguments[-1:] if syntax.ends_with_operand and len(arguments) > 1 else []
+    words = iter(arguments[: len(arguments) - len(last)])
     previous = syntax.command
     for word in words:
         if word == "--":
@@ -85,7 +90,7 @@ def parse_arguments(syntax: Syntax, arguments: list[str]) -> Arguments:
         else:
             operands.append(word)
         previous = word
-    return Arguments(options, operands)
+    return Arguments(options, operands + last)
 
 
 def _long_option(syntax: Syntax, word: str, words: Iterator[str]) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from qcowlib.errors import OptionError, QcowError, StorageError
 from qcowlib.storage.local import LocalFile, open_local
 from qcowlib.storage.nocow import set_nocow
+from qcowlib.storage.protocol import Storage
 
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 _FULL_CHUNK = 1 << 20
@@ -56,16 +57,16 @@ def fresh_file(path: str, *, space: int, nocow: bool = False) -> Iterator[LocalF
         raise
 
 
-def lengthen(storage: LocalFile, start: int, end: int, preallocation: str) -> None:
+def lengthen(storage: Storage, start: int, end: int, preallocation: str) -> None:
     """Make the file at least `end` bytes long; its bytes from `start` on are new and read as zeroes.
 
     Args:
-        storage: a file whose present end is at or before `start`.
+        storage: a file whose present end is at or before `start`, or a block device.
         start: where the preallocated range starts.
         end: where it ends; the new length.
         preallocation: "off" leaves a hole, "falloc" reserves space, "full" writes zeroes.
     """
-    if storage.is_block_device:
+    if getattr(storage, "is_block_device", False):
         fit_device(storage, end, preallocation)
         return
     first = storage.size() == 0 and end > 0
@@ -81,7 +82,7 @@ def lengthen(storage: LocalFile, start: int, end: int, preallocation: str) -> No
         storage.pwrite(bytes(_FIRST_BLOCK if end >= _FIRST_BLOCK else 512), 0)
 
 
-def fit_device(storage: LocalFile, end: int, preallocation: str) -> None:
+def fit_device(storage: Storage, end: int, preallocation: str) -> None:
     """See that `end` bytes fit on a block device, whose length is fixed and whose space is all there.
 
     Raises:

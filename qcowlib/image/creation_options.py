@@ -195,9 +195,14 @@ def checked_size(size: int) -> int:
     size = round_up(size, SECTOR_SIZE)
     if size > INT64_MAX:
         raise OptionError("Could not resize image: Image size cannot be negative")
-    if size > _MAX_LENGTH:
-        raise OptionError(f"Could not resize image: offset({size}) exceeds maximum({_MAX_LENGTH})")
+    require_length(size, "Could not resize image: ")
     return size
+
+
+def require_length(size: int, prefix: str = "") -> None:
+    """Refuse a disk that is longer than QEMU's block layer admits; `prefix` stands before its text."""
+    if size > _MAX_LENGTH:
+        raise OptionError(f"{prefix}offset({size}) exceeds maximum({_MAX_LENGTH})")
 
 
 def _one_of(name: str, value: str, allowed: dict[str, int]) -> int:

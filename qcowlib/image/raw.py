@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from typing import NoReturn
 
-from qcowlib.errors import ChainError, NoSuchSnapshot, OutOfRange
+from qcowlib.errors import ChainError, NoSuchSnapshot, OptionError, OutOfRange, StorageError
 from qcowlib.extents import ExtentKind, ExtentTable
 from qcowlib.format.bitmap_directory import BitmapEntry
 from qcowlib.format.snapshot_table import SnapshotEntry
+from qcowlib.image.create_target import lengthen
 from qcowlib.image.reader import ReadableImage, zero_fill
 from qcowlib.storage.protocol import Buffer, ReadStorage, Storage
 
@@ -170,7 +172,7 @@ class RawImage(ReadableImage):
 
 
 class WritableRawImage(RawImage):
-    """A raw image that can be written; its size does not change.
+    """A raw image that can be written.
 
     Args:
         storage: the file; closed with the image.
@@ -197,6 +199,39 @@ class WritableRawImage(RawImage):
         """Give the space of the range back; it then reads as zeroes where the host can do it."""
         self._require_inside(offset, length)
         self.storage.discard(offset, length)
+
+    def resize(self, size: int, preallocation: str = "off") -> None:
+        """Give the file another length; new bytes read as zeroes.
+
+        Args:
+            size: of the disk in bytes.
+            preallocation: "off", or "falloc" or "full" to reserve space for new bytes.
+
+        Raises:
+            OptionError: a block device, or a mode that is not possible.
+            StorageError: the host file failed; it has its old length.
+        """
+        if preallocation == "metadata":
+            raise OptionError("Unsupported preallocation mode: metadata")
+        old = self.storage.size()
+        if getattr(self.storage, "is_block_device", False):
+            if preallocation != "off":
+                raise OptionError(f"Preallocation mode '{preallocation}' unsupported for this non-regular file")
+            if size != old:
+                raise OptionError("Cannot resize device files")
+            return
+        try:
+            if size > old:
+                lengthen(self.storage, old, size, preallocation)
+            else:
+                self.storage.truncate(size)
+            self.storage.flush()
+        except StorageError:
+            with suppress(StorageError):
+                if self.storage.size() > old:
+                    self.storage.truncate(old)
+            raise
+        self._size = -(-size // SECTOR_SIZE) * SECTOR_SIZE
 
     def flush(self) -> None:
         """Barrier: everything written before is durable when it returns."""

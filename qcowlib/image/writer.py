@@ -141,8 +141,12 @@ class ClusterWriter:
             table.bitmaps[first:] = 0
         self._transaction.table_changed(table, first, len(table.entries))
 
+    def store(self, host: int, guest: int, data: bytes) -> None:
+        """Store guest bytes at a host offset that nothing names yet."""
+        self._guest.store(host, guest, data)
+
     def preallocate(self, guest: int, host: int, count: int, *, zero: bool, full: bool) -> None:
-        """Let clusters that have nothing yet be at consecutive host clusters that read as zeroes.
+        """Let clusters be at consecutive host clusters whose content is right: zeroes, if they had nothing.
 
         Args:
             guest: guest offset of the first, aligned to clusters; all lie in one L2 table.
@@ -155,6 +159,8 @@ class ClusterWriter:
         first = self._geometry.l2_index(guest)
         entries = np.arange(count, dtype=np.uint64) * np.uint64(self._geometry.cluster_size)
         entries += np.uint64(host | OFLAG_COPIED)
+        self._require_sound(table, first, first + count)
+        self._release(table.entries[first : first + count])
         if zero and not full and table.bitmaps is None:
             entries |= np.uint64(OFLAG_ZERO)
         table.entries[first : first + count] = entries
@@ -184,6 +190,39 @@ class ClusterWriter:
     def expect_backing(self) -> None:
         """Unallocated clusters read from a backing file, or are going to: zeroes need entries that say so."""
         self._guest = self._guest._replace(has_backing=True)
+
+    def is_empty(self, offset: int, length: int) -> bool:
+        """Whether no cluster that a range touches has an entry."""
+        return all(
+            not self._state.l1.item(self._geometry.l1_index(start)) & L2_OFFSET_MASK
+            or _are_empty(*self._entries(start, stop))
+            for start, stop in self._table_pieces(offset, offset + length)
+        )
+
+    def place(self, offset: int, length: int) -> list[tuple[int, int, int]]:
+        """Give the clusters of a range, none of which has an entry, new places without writing them.
+
+        Returns: (guest offset, host offset, bytes) of each run.
+        """
+        runs = []
+        for start, stop in self._table_pieces(offset, offset + length):
+            table = self._transaction.writable_table(self._geometry.l1_index(start))
+            first = self._geometry.l2_index(start)
+            last = first + self._geometry.clusters_for(stop - start)
+            while first < last:
+                host, count = self._take(start, last - first)
+                self._set_new(table, first, count, host)
+                size = min(count * self._geometry.cluster_size, stop - start)
+                runs.append((start, host, size))
+                first, start = first + count, start + size
+        return runs
+
+    def _entries(self, start: int, stop: int) -> tuple[Entries, Entries | None]:
+        """The entries, and the bitmaps, of a range that one L2 table maps."""
+        table = self._state.mapping.table(self._geometry.l1_index(start))
+        first = self._geometry.l2_index(start)
+        last = first + self._geometry.clusters_for(stop - start)
+        return table.entries[first:last], None if table.bitmaps is None else table.bitmaps[first:last]
 
     def _table_pieces(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
         """The range cut at the borders of L2 tables."""
@@ -259,6 +298,9 @@ class ClusterWriter:
         last = first + len(data) // size
         self._require_sound(table, first, last)
         entries = table.entries[first:last]
+        if _are_empty(entries, None if table.bitmaps is None else table.bitmaps[first:last]):
+            self._write_new(table, first, last, start, data)
+            return
         kinds = classify_many(entries, self._geometry.extended_l2, self._data_file)
         ways = np.full(len(kinds), _ALLOCATE, dtype=np.uint8)
         copied = flagged(entries, OFLAG_COPIED)
@@ -289,9 +331,13 @@ class ClusterWriter:
             host, count = self._take(guest, last - first)
             self._store_new(host, count, host, guest, data[: count * size])
             self._release(table.entries[first : first + count])
-            new = np.arange(count, dtype=np.uint64) * np.uint64(size) + np.uint64(host | OFLAG_COPIED)
-            self._set_range(table, first, first + count, new)
+            self._set_new(table, first, count, host)
             first, guest, data = first + count, guest + count * size, data[count * size :]
+
+    def _set_new(self, table: L2Table, first: int, count: int, host: int) -> None:
+        """Let `count` entries from `first` on name new clusters of their own from `host` on."""
+        new = np.arange(count, dtype=np.uint64) * np.uint64(self._geometry.cluster_size)
+        self._set_range(table, first, first + count, new + np.uint64(host | OFLAG_COPIED))
 
     # Zeroes.
 
@@ -373,7 +419,7 @@ class ClusterWriter:
 
     def _release(self, entries: Entries) -> None:
         """The references of these L2 entries are about to vanish."""
-        if self._data_file:
+        if self._data_file or not entries.any():
             return
         kinds = classify_many(entries, self._geometry.extended_l2, False)
         bits = self._geometry.cluster_bits
@@ -409,3 +455,7 @@ class ClusterWriter:
                 assert table.damaged is not None
                 rule = table.damaged[index]
                 raise CorruptMetadata("L2 table", table.host_offset, f"entry {index}: {rule}; it is not overwritten")
+
+
+def _are_empty(entries: Entries, bitmaps: Entries | None) -> bool:
+    return not entries.any() and (bitmaps is None or not bitmaps.any())

@@ -231,6 +231,40 @@ class RefcountStructure:
         old, self._old_tables = self._old_tables, []
         return old
 
+    def drop_unused_blocks(self) -> list[int]:
+        """Take refcount blocks that count nothing but themselves out of the refcount table. No barrier.
+
+        Returns: their clusters. Those that another block counts still have a refcount, to be lowered after a barrier.
+        """
+        dropped = []
+        for block_index in np.flatnonzero(self._table).tolist():
+            block = self._block(block_index)
+            assert block is not None
+            cluster = self._offset(block_index) >> self._geometry.cluster_bits
+            counts_itself = cluster >> self._bits == block_index and block[cluster & (1 << self._bits) - 1] != 0
+            if np.count_nonzero(block) == int(counts_itself):
+                dropped.append((block_index, cluster))
+        for block_index, cluster in dropped:
+            self._table[block_index] = 0
+            self._storage.pwrite(
+                self._table[block_index : block_index + 1].tobytes(), self._table_offset + block_index * 8
+            )
+            del self._blocks[block_index]
+            self.dirty.discard(block_index)
+            self._regions.remove(cluster << self._geometry.cluster_bits, self._geometry.cluster_size)
+        self._run = (0, 0)
+        return [cluster for _, cluster in dropped]
+
+    def used_clusters(self) -> int:
+        """One behind the last host cluster whose refcount is not 0."""
+        for block_index in np.flatnonzero(self._table)[::-1].tolist():
+            block = self._block(block_index)
+            assert block is not None
+            used = np.flatnonzero(block)
+            if len(used):
+                return (block_index << self._bits) + int(used[-1]) + 1
+        return 0
+
     def _pieces(self, first: int, count: int) -> list[tuple[int, slice, slice]]:
         """(block index, slice inside the block, slice of the request) for consecutive clusters."""
         pieces, done, size = [], 0, 1 << self._bits
@@ -296,6 +330,17 @@ class RefcountStructure:
         self._count_once(first, count)
         return True
 
+    def _place_before(self, block_index: int, cluster: int) -> bool:
+        """Make a refcount block at a free cluster in front of the space that it counts: so a run goes on behind it.
+
+        False when the refcount table has no room.
+        """
+        if block_index >= len(self._table):
+            return False
+        self._place_block(block_index, cluster)
+        self.add(cluster, 1, 1)
+        return True
+
     def _place_block(self, block_index: int, cluster: int) -> None:
         offset = cluster << self._geometry.cluster_bits
         self._regions.guard(offset, self._geometry.cluster_size, None)
@@ -344,6 +389,9 @@ class RefcountStructure:
             block_index = position >> self._bits
             block = self._block(block_index)
             following = min(block_index + 1 << self._bits, position + _SEARCH_STEP)
+            if block is None and start < stop == block_index << self._bits and self._place_before(block_index, start):
+                start += 1
+                continue
             if block is None:
                 if not self._open_frontier(block_index, minimum):
                     position = start = stop = block_index + 1 << self._bits
