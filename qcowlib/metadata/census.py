@@ -30,6 +30,7 @@ from qcowlib.metadata.l2_scan import beyond_text
 from qcowlib.metadata.ledger import Ledger, Overlap, Stopped
 from qcowlib.metadata.mapping_census import L2Tables, MappingCount, count_mapping
 from qcowlib.metadata.reference_counts import ReferenceCounts
+from qcowlib.metadata.snapshot_rescue import RescuedSnapshots
 from qcowlib.metadata.state import Qcow2State
 from qcowlib.metadata.stored_refcounts import StoredRefcounts
 from qcowlib.storage.helpers import read_padded
@@ -70,21 +71,26 @@ class Census:
     stopped: str | None
 
 
-def census(state: Qcow2State) -> Census:
+def census(state: Qcow2State, rescued: RescuedSnapshots | None = None) -> Census:
     """Count all references in an image.
 
     Only the header has to be sound; every other damage becomes a finding.
 
+    Args:
+        state: the image's metadata.
+        rescued: what a repair makes of the snapshot table; None: the table as it is, whose damage ends the census.
+
     Raises:
         StorageError: the host file cannot be read.
     """
-    return _Count(state).run()
+    return _Count(state, rescued).run()
 
 
 class _Count:
     """One census in the making."""
 
-    def __init__(self, state: Qcow2State) -> None:
+    def __init__(self, state: Qcow2State, rescued: RescuedSnapshots | None) -> None:
+        self.rescued = rescued
         self.storage = state.storage
         self.header = state.header
         self.ledger = Ledger(state.geometry, state.storage.size())
@@ -126,13 +132,14 @@ class _Count:
         if header.has_data_file and not self.data_file_known:
             # The bit alone may be the damage: without it, all data clusters would look leaked.
             raise ledger.stop("data-file-unknown", "ERROR 'data-file' is required for this image", "Invalid argument")
-        snapshots = self.read_snapshots()
+        snapshots = self.read_snapshots() if self.rescued is None else self.rescued.entries
         if ledger.clusters > MAX_CLUSTERS:
             raise ledger.stop("file-too-large", f"ERROR: the file has {ledger.clusters} clusters", "File too large")
         ledger.count_range("header", 0, header.cluster_size)
         self.mapping = count_mapping(ledger, self.storage, header, snapshots)
         if snapshots:
-            ledger.count_range("snapshot table", header.snapshots_offset, len(build_snapshot_table(snapshots)))
+            length = len(build_snapshot_table(snapshots)) if self.rescued is None else self.rescued.length
+            ledger.count_range("snapshot table", header.snapshots_offset, length)
         ledger.count_range("refcount table", header.refcount_table_offset, self.stored.table.nbytes)
         crypto = header.crypto_header
         if crypto is not None:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from qcowlib.format.entries import OFLAG_COPIED, ClusterType, Entries, Int64Array, classify_many, flagged, offsets
 from qcowlib.format.header import Header
 from qcowlib.metadata.mapping_census import SCAN_BYTES, MappingCount
+from qcowlib.metadata.reference_counts import ReferenceCounts
 from qcowlib.metadata.references import empty_words, read_tables, split_words
 from qcowlib.metadata.stored_refcounts import StoredRefcounts
 from qcowlib.storage.protocol import ReadStorage
@@ -37,6 +38,16 @@ class Ones:
         self._slots = np.full(max(windows, default=0) + 1, -1, dtype=np.int64)
         self._slots[windows] = np.arange(len(windows))
         self._ones: BoolArray = np.zeros((max(1, len(windows)), 1 << window_bits), dtype=np.bool_)
+
+    @staticmethod
+    def expected(references: ReferenceCounts) -> Ones:
+        """Which clusters are referred to exactly once."""
+        ones = Ones(references.chunk_bits, references.chunks())
+        for window in references.chunks():
+            counts = references.chunk(window)
+            if counts is not None:
+                ones.set_window(window, counts == 1)
+        return ones
 
     def set_window(self, window: int, ones: BoolArray) -> None:
         """Set the values of one window."""

@@ -6,6 +6,9 @@
         3 lower   refcounts that are too high (leaks), set COPIED where the refcount is 1
         4 done    clear the dirty bit
 
+A repair does the same on an overlay, with two more things: the refcounts may be made from nothing (the stored ones are
+taken as empty), and what it changes in the mapping is linked between 2 and 3.
+
 A barrier ends each step; a crash between any two writes leaves an image that heals again. Only changed blocks and
 tables are written. Where the mapping or the refcount structure is damaged nothing is changed: a cluster that nothing
 seems to refer to may be one whose reference is damaged.
@@ -14,7 +17,7 @@ seems to refer to may be one whose reference is damaged.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -30,6 +33,7 @@ from qcowlib.format.refcount_block import RefcountArray, encode_refcounts
 from qcowlib.metadata.census import Census, census
 from qcowlib.metadata.comparison import Comparison
 from qcowlib.metadata.copied_flags import Ones, wrong_l1_entries, wrong_l2_tables
+from qcowlib.metadata.free_clusters import FreeClusters
 from qcowlib.metadata.state import Qcow2State
 from qcowlib.metadata.stored_refcounts import StoredRefcounts
 from qcowlib.storage.protocol import Storage
@@ -58,7 +62,10 @@ def heal(state: Qcow2State, storage: Storage) -> CheckReport:
     """
     found = census(state)
     require_countable(found, "healed")
-    return _Healing(state.header, storage, found).run()
+    healing = Healing(state.header, storage, found)
+    healing.run()
+    healing.mark_clean()
+    return CheckReport(healing.findings())
 
 
 def require_countable(found: Census, purpose: str) -> None:
@@ -120,9 +127,35 @@ class _Growth:
     table_entries: int
 
 
-class _Healing:
-    def __init__(self, header: Header, storage: Storage, found: Census) -> None:
+class Healing:
+    """The refcounts and COPIED flags of one image in the making.
+
+    Args:
+        header: of the image; without a refcount table (no clusters), the refcounts are made from nothing.
+        storage: the qcow2 file, or an overlay over it.
+        found: the census, undamaged; its `stored` belongs to this header.
+        free: places new refcount blocks and a new refcount table; None: behind the end of the file.
+        link: writes what refers to newly counted clusters; called when their refcounts are durable.
+        leaks_only: lower what is too high, and change nothing else.
+
+    Attributes:
+        header: as it is after what was done so far.
+    """
+
+    def __init__(
+        self,
+        header: Header,
+        storage: Storage,
+        found: Census,
+        *,
+        free: FreeClusters | None = None,
+        link: Callable[[Header], None] | None = None,
+        leaks_only: bool = False,
+    ) -> None:
         self.header = header
+        self.free = free
+        self.link = link
+        self.leaks_only = leaks_only
         self.geometry = header.geometry
         self.storage = storage
         self.found = found
@@ -132,37 +165,40 @@ class _Healing:
         self.changed = False
         self.mapping = replace(found.mapping, l1=found.mapping.l1.copy())  # its flags are changed as they are on disk
 
-    def run(self) -> CheckReport:
-        """The four steps."""
+    def run(self) -> None:
+        """Steps 1 to 3."""
+        if self.leaks_only:
+            self._lower_refcounts()
+            self._barrier()
+            return
         growth = self._plan_growth()
-        ones = self._expected_ones()
+        ones = Ones.expected(self.references)
         self._raise_refcounts(growth)
         self._fix_copied(ones, set_flag=False)
         self._barrier()
         if growth.blocks:
             self._swing(growth)
+        if self.link is not None:
+            self.link(self.header)
         self._lower_refcounts()
         self._fix_copied(ones, set_flag=True)
         self._barrier()
+
+    def mark_clean(self) -> None:
+        """Step 4."""
         if self.header.dirty:
             bits = self.header.incompatible_features & ~Incompatible.DIRTY
             self._write_header(replace(self.header, incompatible_features=int(bits)))
             self._barrier()
-        findings = [
+
+    def findings(self) -> list[Finding]:
+        """What was made right: one finding for each kind."""
+        return [
             Finding(code, severity, f"{count} of the kind '{code}' healed", repairable=True, count=count)
             for (code, severity), count in self.healed.items()
         ]
-        return CheckReport(findings)
 
     # -- refcounts
-
-    def _expected_ones(self) -> Ones:
-        ones = Ones(self.references.chunk_bits, self.references.chunks())
-        for window in self.references.chunks():
-            counts = self.references.chunk(window)
-            if counts is not None:
-                ones.set_window(window, counts == 1)
-        return ones
 
     def _windows(self) -> list[int]:
         """All windows that have references or refcount blocks, also behind the end of the file."""
@@ -193,7 +229,7 @@ class _Healing:
             high = stored > expected
             self._count("leak", Severity.LEAK, int((high & (expected == 0)).sum()))
             self._count("refcount-too-high", Severity.LEAK, int((high & (expected > 0)).sum()))
-            self._write_blocks(first, expected, high, {})
+            self._write_blocks(first, np.minimum(stored, expected), high, {})
 
     def _write_blocks(self, first: int, counts: RefcountArray, changed: BoolArray, new: dict[int, int]) -> None:
         """Write the refcount blocks of a window in which a count has changed."""
@@ -213,24 +249,26 @@ class _Healing:
             return _Growth({}, None, 0)
         geometry = self.geometry
         end = max(self.found.clusters, geometry.clusters_for(self.storage.size()))  # the first cluster behind the file
+        free = self.free or FreeClusters(end)
         per_cluster = geometry.cluster_size // 8
-        table_clusters = 0
         while True:
-            stop = end + len(missing) + table_clusters
-            covering = range(end >> geometry.refcount_block_bits, ((stop - 1) >> geometry.refcount_block_bits) + 1)
-            needed = missing | {index for index in covering if not self._has_block(index)}
-            wanted = 0
-            if max(needed) >= len(self.stored.table):
-                wanted = max(table_clusters, max(needed) // per_cluster + 1)
-            if needed == missing and wanted == table_clusters:
+            table_clusters = 0
+            if max(missing) >= len(self.stored.table):
+                table_clusters = max(missing) // per_cluster + 1
+            blocks, table = free.place(sorted(missing), geometry.refcount_block_bits, table_clusters)
+            taken = [*blocks.values(), *range(table, table + table_clusters)]
+            more = {c >> geometry.refcount_block_bits for c in taken} - missing
+            more = {index for index in more if not self._has_block(index)}
+            if not more:
                 break
-            missing, table_clusters = needed, wanted
-        self._require_room(stop, table_clusters)
-        places = {index: (end + number) << geometry.cluster_bits for number, index in enumerate(sorted(missing))}
-        self.references.add_run(end, stop)
+            missing |= more
+        self._require_room(max(taken) + 1, table_clusters)
+        for cluster in taken:
+            self.references.add_run(cluster, cluster + 1)
+        places = {index: cluster << geometry.cluster_bits for index, cluster in blocks.items()}
         if not table_clusters:
             return _Growth(places, None, 0)
-        return _Growth(places, (stop - table_clusters) << geometry.cluster_bits, table_clusters * per_cluster)
+        return _Growth(places, table << geometry.cluster_bits, table_clusters * per_cluster)
 
     def _missing_blocks(self) -> set[int]:
         """Indices of refcount blocks that do not exist though clusters of theirs are referred to."""

@@ -24,21 +24,24 @@ Codes of the findings, which stay as they are:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from qcowlib.errors import UnsupportedFeature
-from qcowlib.findings import CheckReport, Severity
-from qcowlib.format.entries import REFCOUNT_TABLE_OFFSET_MASK, offsets
+from qcowlib.findings import CheckReport, Finding, Severity
+from qcowlib.format.entries import REFCOUNT_TABLE_OFFSET_MASK, Int64Array, offsets
 from qcowlib.image.interface import BlockImage
 from qcowlib.metadata.census import Census, census
 from qcowlib.metadata.comparison import Comparison, Differences
 from qcowlib.metadata.copied_flags import Ones, WrongTables, wrong_l1_entries, wrong_l2_tables
 from qcowlib.metadata.finding_list import FindingList
 from qcowlib.metadata.state import Qcow2State
+
+Refcounts = Callable[[Int64Array], npt.NDArray[Any]]
 
 
 class _HasState(Protocol):
@@ -70,9 +73,13 @@ def check(image: BlockImage | _HasState) -> CheckReport:
 
 def check_state(state: Qcow2State) -> CheckReport:
     """`check` for the metadata alone."""
+    return check_census(state, census(state))
+
+
+def check_census(state: Qcow2State, found: Census) -> CheckReport:
+    """The report of a census."""
     header = state.header
     report = CheckReport(total_clusters=header.geometry.clusters_for(header.virtual_size))
-    found = census(state)
     report.findings += found.findings
     report.allocated_clusters = found.mapping.allocated
     report.compressed_clusters = found.mapping.compressed
@@ -82,7 +89,7 @@ def check_state(state: Qcow2State) -> CheckReport:
         return report
     comparison = Comparison(found, header.geometry)
     wrong_clusters = _compare_refcounts(report, found, comparison)
-    _check_copied_flags(report, state, found, comparison.ones)
+    report.findings += copied_flag_findings(state, found, comparison.ones, found.stored.at)
     report.image_end_offset = (comparison.highest_cluster() + 1) << header.cluster_bits
     _tell_overlaps(report, found, header.cluster_bits, wrong_clusters)
     return report
@@ -146,8 +153,15 @@ def _c_hex(value: int) -> str:
     return f"{value:#x}" if value else "0"
 
 
-def _check_copied_flags(report: CheckReport, state: Qcow2State, found: Census, ones: Ones) -> None:
-    """Findings for wrong COPIED flags, in the order of the active L1 table."""
+def copied_flag_findings(state: Qcow2State, found: Census, ones: Ones, refcounts: Refcounts) -> list[Finding]:
+    """Findings for wrong COPIED flags, in the order of the active L1 table.
+
+    Args:
+        state: the image's metadata.
+        found: its census.
+        ones: which clusters have refcount 1: as stored, or as they will be.
+        refcounts: the refcounts of clusters (int64) by the same measure, for the texts.
+    """
     header, mapping = state.header, found.mapping
     findings = FindingList()
     wrong_l1 = wrong_l1_entries(header, mapping, ones)
@@ -156,7 +170,7 @@ def _check_copied_flags(report: CheckReport, state: Qcow2State, found: Census, o
     for batch in wrong_l2_tables(state.storage, header, mapping, ones):
         places = np.searchsorted(mapping.tables.host_offset, batch.host_offset)
         total += int(batch.wrong.sum(axis=1) @ mapping.tables.active_uses[places])
-        for table, index, text in islice(_copied_texts(batch, found), findings.room - kept):
+        for table, index, text in islice(_copied_texts(batch, found, refcounts), findings.room - kept):
             by_table.setdefault(table, []).append((index, text))
             kept += 1
 
@@ -169,7 +183,7 @@ def _check_copied_flags(report: CheckReport, state: Qcow2State, found: Census, o
         if not findings.room:
             break
         if wrong_l1[l1_index]:
-            refcount = found.stored.at(host[l1_index : l1_index + 1] >> header.cluster_bits)[0]
+            refcount = refcounts(host[l1_index : l1_index + 1] >> header.cluster_bits)[0]
             entry = int(mapping.l1[l1_index])
             text = f"ERROR OFLAG_COPIED L2 cluster: l1_index={l1_index} l1_entry={entry:x} refcount={refcount}"
             where = header.l1_table_offset + 8 * l1_index
@@ -182,19 +196,19 @@ def _check_copied_flags(report: CheckReport, state: Qcow2State, found: Census, o
             total -= 1
     findings.add_rest("copied-flag-l1", int(wrong_l1.sum()), repairable=True)
     findings.add_rest("copied-flag-l2", total, repairable=True)
-    report.findings += findings.result()
+    return findings.result()
 
 
-def _copied_texts(batch: WrongTables, found: Census) -> Iterator[tuple[int, int, str]]:
+def _copied_texts(batch: WrongTables, found: Census, refcounts: Refcounts) -> Iterator[tuple[int, int, str]]:
     """(host offset of the table, index of the entry, text) for each wrong flag."""
     rows, indices = np.nonzero(batch.wrong)
     entries = batch.entries[rows, indices]
     if found.has_data_file:
-        refcounts = np.ones(len(rows), dtype=np.uint64)
+        counts: npt.NDArray[Any] = np.ones(len(rows), dtype=np.uint64)
     else:
         clusters, inverse = np.unique(offsets(entries) >> found.stored.geometry.cluster_bits, return_inverse=True)
-        refcounts = found.stored.at(clusters)[inverse]
-    columns = (batch.host_offset[rows], indices, entries, refcounts)
+        counts = refcounts(clusters)[inverse]
+    columns = (batch.host_offset[rows], indices, entries, counts)
     for host, index, entry, refcount in zip(*(column.tolist() for column in columns), strict=True):
         yield host, index, f"ERROR OFLAG_COPIED data cluster: l2_entry={entry:x} refcount={refcount}"
 
