@@ -58,6 +58,9 @@ class Program(Protocol):
     def snapshots(self, target: Target) -> Sequence[dict[str, Any]] | None:
         """The snapshots' fields, named as in the manifest; raises Refused; None: cannot be asked."""
 
+    def dirty(self, target: Target, bitmap: str) -> list[list[int]] | None:
+        """[offset, length] of what a bitmap has marked; raises Refused; None: cannot be asked."""
+
 
 class Ours:
     """`qcow` run inside this process, and the library."""
@@ -106,6 +109,13 @@ class Ours:
                 }
                 for entry in image.snapshots
             ]
+
+    def dirty(self, target: Target, bitmap: str) -> list[list[int]] | None:
+        import qcowlib
+
+        with self._opened(target, open_backing=False) as image:
+            batches = qcowlib.dirty_extents(image, bitmap)
+            return [[*row] for batch in batches for row in zip(*(column.tolist() for column in batch), strict=True)]
 
     @contextlib.contextmanager
     def _opened(self, target: Target, *, open_backing: bool = True) -> Iterator[Any]:
@@ -175,6 +185,9 @@ class Stock:
         return None
 
     def snapshots(self, target: Target) -> Sequence[dict[str, Any]] | None:
+        return None
+
+    def dirty(self, target: Target, bitmap: str) -> list[list[int]] | None:
         return None
 
 

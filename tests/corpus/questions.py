@@ -62,6 +62,9 @@ STRICTER_CHECKS = {
     "bad-zero-v2": "the zero flag is reserved in version 2; the stock tool refuses to read the cluster",
 }
 
+#: Bitmaps whose damage the stock tools do not see (rule 2).
+DAMAGED_BITMAPS = {"bad-bitmap-table-beyond": "the table names bits beyond the end of the file"}
+
 #: What stands in for the files that an image names, when the stock tool is asked about the image alone.
 NAMED_FILES_CUT_OFF = ({"backing": None}, {"data-file": {"driver": "null-co", "size": 1 << 40}})
 
@@ -94,10 +97,11 @@ def kinds() -> dict[str, Callable[[Image, Path], Iterator[Question]]]:
         "vmstate": _vmstate,
         "snapshot_list": _snapshot_list,
         "lookups": _lookups,
+        "bitmaps": _bitmaps,
     }
 
 
-#: Keys of the manifest's answers and the kind of question that asks them; repair and bitmaps are not asked.
+#: Keys of the manifest's answers and the kind of question that asks them; repair is not asked.
 ANSWER_KINDS = {
     "info": "info",
     "info_probed": "info",
@@ -107,6 +111,7 @@ ANSWER_KINDS = {
     "snapshots": "snapshots",
     "snapshot_list": "snapshot_list",
     "lookups": "lookups",
+    "bitmaps": "bitmaps",
 }
 
 
@@ -354,6 +359,29 @@ def _ask_lookup(program: Program, image: Image, work: Path, name: str, way: str,
 def _snapshot_ids(program: Program, path: str) -> list[str]:
     reply = program.command("info", "--output=json", path)
     return [entry["id"] for entry in json.loads(reply.stdout).get("snapshots", [])]
+
+
+def _bitmaps(image: Image, work: Path) -> Iterator[Question]:
+    for bitmap in image["answers"].get("bitmaps", []):
+        name = f"bitmap {bitmap['name']!r}"
+        yield Question(name, lambda program, asked=bitmap: _ask_bitmap(program, image, asked))  # type: ignore[misc]
+
+
+def _ask_bitmap(program: Program, image: Image, bitmap: dict[str, Any]) -> Verdict:
+    """What is marked, as the stock NBD server says; an inconsistent bitmap is refused with its words."""
+    try:
+        ours = program.dirty(target(image), bitmap["name"])
+    except Refused as refusal:
+        if "nbd" in bitmap:
+            assert bitmap["nbd"]["stderr"][0].partition(": ")[2] in str(refusal)
+            return Verdict.SAME
+        assert image["id"] in DAMAGED_BITMAPS, f"refused, but the bitmap is sound: {refusal}"
+        return Verdict.STRICTER
+    if ours is None:
+        return Verdict.NOT_ASKED
+    assert "nbd" not in bitmap, "read, although it must be refused"
+    assert ours == bitmap["dirty"], _first_difference(ours, bitmap["dirty"])
+    return Verdict.SAME
 
 
 def _assert_same(ours: dict[str, Any], stock: dict[str, Any]) -> None:

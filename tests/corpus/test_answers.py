@@ -15,8 +15,8 @@ import pytest
 from tests.corpus import archives, programs
 from tests.corpus.questions import ANSWER_KINDS, Verdict, kinds
 
-#: Answers of the manifest that belong to other work: repair, and the contents of bitmaps.
-NOT_ASKED = {"repair", "bitmaps", "bitmaps_reader", "snapshots_note"}
+#: Answers of the manifest that belong to other work (repair), and remarks.
+NOT_ASKED = {"repair", "bitmaps_reader", "snapshots_note"}
 
 #: Seconds that a question may take before its answer counts as wrong.
 pytestmark = [pytest.mark.corpus, pytest.mark.timeout(120)]
