@@ -8,22 +8,27 @@ QEMU's grammar, as far as it describes local files:
     PROTOCOL:ANYTHING     a colon before the first slash: never opened here, refused by name
 
 The options of `json:` may nest drivers. Those that describe local files are understood: `qcow2` and `raw` over `file`,
-`host_device` or another `raw` with `offset` and `size` (a slice), keys nested or dotted, `backing` as null or options.
+`host_device` or another `raw` with `offset` and `size` (a slice), keys nested or dotted, `backing` as null or options,
+`data-file` as options. `blkdebug` is QEMU's driver for faults on demand: without any it shows a file as it is.
 """
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qcowlib.errors import ChainError
+from qcowlib.image.drivers import KNOWN_FORMATS
+from qcowlib.image.qemu_json import parse_json_name
 
 MAX_DESCRIPTION_DEPTH = 32
 
 _FILE_DRIVERS = ("file", "host_device")
 _FORMAT_DRIVERS = ("raw", "qcow2")
+# QEMU's names of what is not a local file.
+_OTHER_PROTOCOLS = ("blkdebug", "blkverify", "ftp", "ftps", "fat", "http", "https", "iscsi", "nbd", "nbd+tcp",
+                    "nbd+unix", "nfs", "nvme", "rbd", "ssh", "gluster")  # fmt: skip
 # Options that tune how a file is opened and do not change what is read from it.
 _TUNING_OPTIONS = frozenset(
     {
@@ -52,12 +57,14 @@ class Reference:
         format: "raw", "qcow2", or None when nothing says it.
         windows: slices to apply to the file, innermost first, below the format.
         backing: None when the image's own header decides; else the description's word on the backing file.
+        data_file: None when the image's own header decides; else the external data file.
     """
 
     path: str
     format: str | None = None
     windows: tuple[Window, ...] = ()
     backing: BackingOverride | None = None
+    data_file: Reference | None = None
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,7 @@ def backing_reference(name: str, backing_format: str | None, image_path: str) ->
         reference = _parse_description(name)
         if backing_format is not None and reference.format not in (None, backing_format):
             raise ChainError(f"the backing name '{name}' does not describe a {backing_format} image")
-        return Reference(reference.path, reference.format or backing_format, reference.windows, reference.backing)
+        return replace(reference, format=reference.format or backing_format)
     if has_protocol(name):
         return Reference(_strip_file_protocol(name), backing_format)
     if not name.startswith("/") and not image_path:
@@ -133,18 +140,16 @@ def _refuse_nul(name: str) -> None:
 def _strip_file_protocol(name: str) -> str:
     protocol, _, path = name.partition(":")
     if protocol not in _FILE_DRIVERS or not path or path.startswith("//"):
-        raise ChainError(f"'{name}' uses the protocol '{protocol}', which is not opened: only local files are")
+        rule = f"'{name}' uses the protocol '{protocol}', which is not opened: only local files are"
+        raise ChainError(rule, stock=None if protocol in _OTHER_PROTOCOLS else f"Unknown protocol '{protocol}'")
     return path
 
 
 def _parse_description(name: str) -> Reference:
-    try:
-        options = json.loads(name[len("json:") :])
-    except (ValueError, RecursionError) as error:
-        raise ChainError(f"could not parse the JSON options of '{name}': {error}") from None
-    if not isinstance(options, dict):
-        raise ChainError(f"could not parse the JSON options of '{name}': not an object")
-    return _reference_from_options(_nested(options, name), name, 0)
+    options = _nested(parse_json_name(name), name)
+    if "driver" not in options and "file" not in options and "filename" not in options:
+        raise ChainError(f"the JSON options of '{name}' name no file", stock="Must specify either driver or file")
+    return _reference_from_options(options, name, 0)
 
 
 def _nested(options: dict[str, Any], name: str) -> dict[str, Any]:
@@ -172,18 +177,20 @@ def _reference_from_options(options: dict[str, Any], name: str, depth: int) -> R
         raise ChainError(f"the JSON options of '{name}' nest too deeply")
     options = _nested(options, name)
     driver = options.get("driver")
-    known = {"driver", "filename", "file", "offset", "size", "backing"} | _TUNING_OPTIONS
+    if driver == "blkdebug":
+        return _without_faults(options, name, depth)
+    if driver not in (None, *_FILE_DRIVERS, *_FORMAT_DRIVERS):
+        rule = f"the JSON options of '{name}' name the driver '{driver}': only local files are opened"
+        raise ChainError(rule, stock=None if driver in KNOWN_FORMATS else f"Unknown driver '{driver}'")
+    known = {"driver", "filename", "file", "offset", "size", "backing", "data-file"} | _TUNING_OPTIONS
     unknown = sorted(set(options) - known)
     if unknown:
-        raise ChainError(f"the JSON options of '{name}' hold '{unknown[0]}', which cannot be followed")
+        rule = f"the JSON options of '{name}' hold '{unknown[0]}', which cannot be followed"
+        stock = f"Block format '{driver}' does not support the option '{unknown[0]}'"
+        raise ChainError(rule, stock=None if driver is None else stock)
     if driver in _FILE_DRIVERS or (driver is None and "filename" in options):
         return _file_reference(options, name)
-    if driver is not None and driver not in _FORMAT_DRIVERS:
-        raise ChainError(f"the JSON options of '{name}' name the driver '{driver}': only local files are opened")
-    inner_options = options.get("file")
-    if not isinstance(inner_options, dict):
-        raise ChainError(f"the JSON options of '{name}' do not describe a file")
-    inner = _reference_from_options(inner_options, name, depth + 1)
+    inner = _child(options, "file", name, depth)
     if inner.format == "qcow2":
         raise ChainError(f"the JSON options of '{name}' put a format above qcow2, which is not supported")
     if driver == "raw":
@@ -192,13 +199,35 @@ def _reference_from_options(options: dict[str, Any], name: str, depth: int) -> R
         return Reference(inner.path, "raw", windows)
     if "offset" in options or "size" in options:
         raise ChainError(f"the JSON options of '{name}' give an offset or size to a driver other than raw")
-    return Reference(inner.path, driver, inner.windows, _backing_override(options, name, depth))
+    data_file = None if "data-file" not in options else _child(options, "data-file", name, depth)
+    return Reference(inner.path, driver, inner.windows, _backing_override(options, name, depth), data_file)
+
+
+def _child(options: dict[str, Any], role: str, name: str, depth: int) -> Reference:
+    """The file that options describe under a name such as "file"."""
+    child = options.get(role)
+    if isinstance(child, str):
+        rule = f"the JSON options of '{name}' refer to a node by name as {role}"
+        raise ChainError(rule, stock=f"Cannot find device='{child}' nor node-name='{child}'")
+    if not isinstance(child, dict) or not child:
+        rule = f"the JSON options of '{name}' do not describe a file"
+        raise ChainError(rule, stock=f'A block device must be specified for "{role}"')
+    return _reference_from_options(child, name, depth + 1)
+
+
+def _without_faults(options: dict[str, Any], name: str, depth: int) -> Reference:
+    """The file below blkdebug, as a slice that is all of it: no more than what it reads and writes shows through."""
+    if set(options) - {"driver", "image", "set-state", "node-name"} or options.get("config"):
+        raise ChainError(f"the JSON options of '{name}' ask for faults, which are not available")
+    inner = _child(options, "image", name, depth)
+    return replace(inner, windows=(*inner.windows, Window(0, None)))
 
 
 def _file_reference(options: dict[str, Any], name: str) -> Reference:
     filename = options.get("filename")
     if not isinstance(filename, str) or not filename:
-        raise ChainError(f"the JSON options of '{name}' name no file")
+        stock = "The 'file' block driver requires a file name"
+        raise ChainError(f"the JSON options of '{name}' name no file", stock=stock)
     _refuse_nul(filename)
     if "driver" not in options:
         # Without a driver QEMU takes the name as a user's file name, protocols included.

@@ -1,0 +1,68 @@
+"""A slice of a file that can be written: the raw driver's offset and size."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from qcowlib.errors import OptionError, StorageError
+from qcowlib.image.raw import StorageWindow
+from qcowlib.storage.protocol import Buffer, Storage
+
+
+class WritableStorageWindow(StorageWindow):
+    """A slice of a storage; offsets count from its beginning. One that reaches to the end of the file can grow.
+
+    Args:
+        inner: the file; closed with the slice.
+        offset: where the slice begins, in bytes.
+        size: bytes of the slice; None means up to the end.
+
+    Raises:
+        ChainError: the slice does not lie inside the file.
+    """
+
+    def __init__(self, inner: Storage, offset: int, size: int | None) -> None:
+        super().__init__(inner, offset, size)
+        self._file = inner
+        self._grows = size is None
+
+    def pwrite(self, data: Buffer, offset: int) -> None:
+        """Write all of `data` at `offset`."""
+        self._claim(offset, memoryview(data).nbytes)
+        self._file.pwrite(data, self._offset + offset)
+
+    def write_zeroes(self, offset: int, length: int) -> None:
+        """Make the range read as zeroes without giving up the space."""
+        self._claim(offset, length)
+        self._file.write_zeroes(self._offset + offset, length)
+
+    def discard(self, offset: int, length: int) -> None:
+        """Give the space of the range back, as far as it lies in the slice."""
+        inside = min(length, max(0, self._size - offset))
+        if inside:
+            self._file.discard(self._offset + offset, inside)
+
+    def allocate(self, offset: int, length: int) -> None:
+        """Reserve host space for the range."""
+        self._claim(offset, length)
+        self._file.allocate(self._offset + offset, length)
+
+    def truncate(self, size: int) -> None:
+        """Set the length in bytes."""
+        if not self._grows:
+            raise OptionError("Cannot resize fixed-size raw disks")
+        self._file.truncate(self._offset + size)
+        self._size = size
+
+    def flush(self) -> None:
+        """Barrier: all writes before this call are durable when it returns."""
+        self._file.flush()
+
+    def _claim(self, offset: int, length: int) -> None:
+        """See that a range may be written."""
+        if offset + length <= self._size:
+            return
+        if not self._grows:
+            raise StorageError(self.name, "write", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        self._size = max(self._size, offset + length)
