@@ -13,9 +13,10 @@ from qcowlib.cli.common import (
     stock_text,
 )
 from qcowlib.cli.creation_options import require_creatable
-from qcowlib.cli.opening import KNOWN_FORMATS, ImageName, image_name, open_image_name
+from qcowlib.cli.opening import ImageName, image_name, open_image_name
 from qcowlib.cli.options import Arguments, Option, Syntax
 from qcowlib.errors import QcowError
+from qcowlib.image.drivers import KNOWN_FORMATS
 
 SYNTAX = Syntax(
     "dd",

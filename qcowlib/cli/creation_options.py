@@ -10,9 +10,9 @@ import re
 from typing import NamedTuple
 
 from qcowlib.cli.common import CommandFailed
-from qcowlib.cli.opening import KNOWN_FORMATS
 from qcowlib.cli.options import escape_commas, parse_key_values
 from qcowlib.errors import OptionError
+from qcowlib.image.drivers import KNOWN_FORMATS
 from qcowlib.units import SizeRangeError, SizeSyntaxError, size_value
 
 _TYPE_WORDS = {"str": "str", "bool": "bool (on/off)", "num": "num", "size": "size"}

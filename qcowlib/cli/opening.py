@@ -18,20 +18,13 @@ from qcowlib.cli.options import Arguments, parse_key_values
 from qcowlib.cli.qapi import Value, dumps
 from qcowlib.cli.secrets import read_secrets
 from qcowlib.errors import ChainError, OptionError, QcowError, StorageError
+from qcowlib.image.drivers import KNOWN_FORMATS
 
 if TYPE_CHECKING:
     from qcowlib.image.qcow2 import Qcow2Image
     from qcowlib.image.raw import RawImage, WritableRawImage
     from qcowlib.image.references import Reference
     from qcowlib.image.writable import WritableQcow2Image
-
-KNOWN_FORMATS = (
-    "blkdebug", "blklogwrites", "blkverify", "bochs", "cloop", "compress", "copy-before-write", "copy-on-read", "dmg",
-    "file", "ftp", "ftps", "gluster", "host_cdrom", "host_device", "http", "https", "iscsi", "iser", "luks", "nbd",
-    "nfs", "null-aio", "null-co", "nvme", "parallels", "preallocate", "qcow", "qcow2", "qed", "quorum", "raw", "rbd",
-    "replication", "snapshot-access", "ssh", "throttle", "vdi", "vhdx", "vmdk", "vpc", "vvfat",
-)  # fmt: skip
-"""Formats and drivers that qemu-img knows: another name is a mistake, not a format that this program lacks."""
 
 
 class ImageName(NamedTuple):
@@ -248,10 +241,10 @@ def _key_secrets(name: str) -> set[str]:
     """Ids of the secrets that driver options name, at any depth."""
     if not name.startswith("json:"):
         return set()
-    import json
+    from qcowlib.image.qemu_json import parse_json_name
 
     found: set[str] = set()
-    pending: list[object] = [json.loads(name.removeprefix("json:"))]
+    pending: list[object] = [parse_json_name(name)]
     while pending:
         options = pending.pop()
         if isinstance(options, dict):

@@ -15,6 +15,7 @@ from qcowlib.format.constants import (
     MIN_CLUSTER_BITS,
     MIN_EXTENDED_L2_CLUSTER_BITS,
 )
+from qcowlib.image.drivers import KNOWN_FORMATS
 from qcowlib.units import INT64_MAX, round_up
 
 SECTOR_SIZE = 512
@@ -24,16 +25,6 @@ _MAX_LENGTH = INT64_MAX & ~((1 << 30) - 1)
 _VERSIONS = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
 _COMPRESSION_TYPES = {"zlib": COMPRESSION_ZLIB, "zstd": COMPRESSION_ZSTD}
 _ENCRYPTION_FORMATS = ("luks", "aes", "qcow")
-# Formats that QEMU 7.2 knows as a backing format.
-_BACKING_FORMATS = frozenset(
-    {
-        "blkdebug", "blklogwrites", "blkreplay", "blkverify", "bochs", "cloop", "compress", "copy-before-write",
-        "copy-on-read", "dmg", "file", "ftp", "ftps", "gluster", "host_cdrom", "host_device", "http", "https", "iscsi",
-        "luks", "nbd", "nfs", "null-aio", "null-co", "nvme", "parallels", "preallocate", "qcow", "qcow2", "qed",
-        "quorum", "raw", "rbd", "replication", "snapshot-access", "ssh", "throttle", "vdi", "vhdx", "vmdk",
-        "vpc", "vvfat",
-    }
-)  # fmt: skip
 
 
 class CreationOptions(TypedDict, total=False):
@@ -149,7 +140,7 @@ def qcow2_options(options: CreationOptions, backing_file: str | None, backing_fm
     preallocation = options.get("preallocation", "off")
     _one_of("preallocation", preallocation, dict.fromkeys(PREALLOCATION_MODES, True))
     if backing_fmt is not None:
-        _one_of("backing-fmt", backing_fmt, dict.fromkeys(_BACKING_FORMATS, True))
+        _one_of("backing-fmt", backing_fmt, dict.fromkeys(KNOWN_FORMATS, True))
     encryption = _encryption(options)
     extended_l2 = options.get("extended_l2", False)
     if extended_l2 and version < 3:

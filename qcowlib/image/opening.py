@@ -31,6 +31,7 @@ from qcowlib.image.probe import FOREIGN_FORMATS, probe_format
 from qcowlib.image.qcow2 import Qcow2Image
 from qcowlib.image.raw import RawImage, StorageWindow, WritableRawImage
 from qcowlib.image.references import Reference, backing_reference, data_file_path
+from qcowlib.image.window import WritableStorageWindow
 from qcowlib.metadata.state import Qcow2State, load_state
 from qcowlib.storage.buffer import BytesStorage
 from qcowlib.storage.local import LocalFile, from_descriptor, open_local
@@ -210,15 +211,21 @@ def _source_path(source: ImageSource) -> str:
 
 
 def _open_reference(reference: Reference, request: _Request) -> Qcow2Image | RawImage:
+    return _open_storage(_reference_storage(reference, request), reference.format, request, reference)
+
+
+def _reference_storage(reference: Reference, request: _Request) -> ReadStorage:
+    """The file of a reference, seen through its windows."""
     storage: ReadStorage = open_local(reference.path, writable=request.writable, force_share=request.force_share)
     with ExitStack() as undo:
         undo.callback(storage.close)
         for window in reference.windows:
-            if request.writable:
-                raise ChainError(f"a slice of '{reference.path}' cannot be opened for writing")
-            storage = StorageWindow(storage, window.offset, window.size)
+            if isinstance(storage, Storage) and request.writable:
+                storage = WritableStorageWindow(storage, window.offset, window.size)
+            else:
+                storage = StorageWindow(storage, window.offset, window.size)
         undo.pop_all()
-    return _open_storage(storage, reference.format, request, reference)
+    return storage
 
 
 def _open_storage(
@@ -279,9 +286,11 @@ def _qcow2_image(storage: ReadStorage, request: _Request, reference: Reference, 
     if request.open_backing:
         header.check_content_rules()
     if header.has_data_file:
-        data_storage = _data_storage(header, storage.name, reference.path, request)
+        data_storage = _data_storage(header, storage.name, reference, request)
         undo.callback(data_storage.close)
         state = Qcow2State(storage, header, data_storage)
+    elif reference.data_file is not None:
+        raise OptionError("'data-file' can only be set for images with an external data file")
     cipher = _cipher(state, request)
     backing = _backing_image(header, storage.name, reference, request)
     if backing is not None:
@@ -326,17 +335,19 @@ class _MissingDataFile:
         """Nothing to release."""
 
 
-def _data_storage(header: Header, image_name: str, image_path: str, request: _Request) -> ReadStorage:
+def _data_storage(header: Header, image_name: str, reference: Reference, request: _Request) -> ReadStorage:
     if request.data_file is not None:
         return request.data_file
     if not request.open_backing:
         return _MissingDataFile(image_name, header.data_file_name)
-    if header.data_file_name is None:
-        raise ChainError("'data-file' is required for this image")
-    path = data_file_path(header.data_file_name, image_path)
-    request.policy.admit(FileRequest("data file", path, image_name))
+    target = reference.data_file
+    if target is None:
+        if header.data_file_name is None:
+            raise ChainError("'data-file' is required for this image")
+        target = Reference(data_file_path(header.data_file_name, reference.path))
+    request.policy.admit(FileRequest("data file", target.path, image_name))
     try:
-        return open_local(path, writable=request.writable, force_share=request.force_share)
+        return _reference_storage(target, request)
     except QcowError as error:
         raise ChainError(str(error), stock=error.stock) from error
 
