@@ -44,6 +44,17 @@ def default_directory(domain: str, domain_file: str | None = None) -> str:
     return os.path.join(os.path.abspath(state), "domsnap", _stem(domain))
 
 
+def remember_directory(domain: str, directory: str) -> None:
+    """Let the domain's name alone lead to the catalog beside its domain file, unless it leads somewhere already.
+
+    Only a convenience: where it cannot be done, the domain file or the directory has to be named, as before.
+    """
+    by_name = default_directory(domain)
+    with suppress(OSError):
+        os.makedirs(os.path.dirname(by_name), exist_ok=True)
+        os.symlink(directory, by_name)
+
+
 class Catalog:
     """The snapshots of one domain, on disk.
 

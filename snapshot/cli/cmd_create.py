@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 
-from snapshot.catalog import Catalog
+from snapshot.catalog import Catalog, remember_directory
 from snapshot.cli.output import Progress, disks_text, memory_text
 from snapshot.cli.running import finish
 from snapshot.cli.selection import Selection, selected
@@ -28,6 +28,8 @@ def run(arguments: argparse.Namespace) -> int:
         if unwritable:
             raise NotPossible(f"create snapshot '{request.name}'", unwritable)
         code = finish(result, _describe)
+        if isinstance(result, DomainSnapshot) and arguments.catalog is None:
+            remember_directory(result.domain, selection.catalog.directory)
         if isinstance(result, DomainSnapshot) and arguments.digest:
             _record_digests(selection.catalog, result, arguments.wait)
     return code

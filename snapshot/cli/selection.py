@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from snapshot.catalog import Catalog, default_directory
-from snapshot.errors import DomainSnapshotError
+from snapshot.cli.output import plain
+from snapshot.errors import CatalogError, DomainSnapshotError
 from snapshot.sources import DomainDescription, load_description
 
 if TYPE_CHECKING:
@@ -73,8 +75,42 @@ def _catalog(
     description: DomainDescription | None,
     domain: ActiveDomain | InactiveDomain | None,
 ) -> Catalog:
-    directory = arguments.catalog
-    if directory is None:
-        assert domain is not None
-        directory = default_directory(domain.name, None if description is None else description.path)
-    return Catalog(directory, domain_xml=None if description is None else description.xml)
+    xml = None if description is None else description.xml
+    if arguments.catalog is not None:
+        return Catalog(arguments.catalog, domain_xml=xml)
+    assert domain is not None
+    # It may be a link to the directory beside a domain file.
+    by_name = os.path.realpath(default_directory(domain.name))
+    if description is None:
+        _refuse_others(Catalog(by_name), domain)
+        return Catalog(by_name)
+    beside = os.path.realpath(default_directory(domain.name, description.path))
+    known = beside != by_name and _is_of(Catalog(by_name), [disk.path for disk in description.disks])
+    if known and os.path.isdir(beside):
+        print(
+            f"domsnap: note: '{plain(by_name)}' has snapshots of this domain as well: --catalog shows them",
+            file=sys.stderr,
+        )
+    return Catalog(by_name if known and not os.path.isdir(beside) else beside, domain_xml=xml)
+
+
+def _is_of(catalog: Catalog, paths: Iterable[str]) -> bool:
+    """Whether a catalog has a snapshot of one of these files."""
+    mine = {os.path.realpath(path) for path in paths}
+    try:
+        disks = [disk for snapshot in catalog.load() for disk in snapshot.disks]
+    except CatalogError:  # nobody asked for this one
+        return False
+    return any(os.path.realpath(name) in mine for disk in disks for name in (disk.file, disk.overlay) if name)
+
+
+def _refuse_others(catalog: Catalog, domain: ActiveDomain | InactiveDomain) -> None:
+    """Two domains can have one name, and their snapshots must not get into one catalog."""
+    if not catalog.load():
+        return
+    chains = [(one.disk.path, *one.disk.backing_chain) for one in domain.facts().disks]
+    if not _is_of(catalog, (path for chain in chains for path in chain)):
+        raise DomainSnapshotError(
+            f"the snapshots in '{catalog.directory}' are of a domain '{domain.name}' with other disks: say with "
+            "--catalog or --domain where those of this one are"
+        )

@@ -30,7 +30,9 @@ class Result:
 
 
 @pytest.fixture
-def domsnap(capsys: pytest.CaptureFixture[str]) -> Any:
+def domsnap(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+
     def run(*words: object) -> Result:
         capsys.readouterr()
         try:

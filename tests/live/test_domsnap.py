@@ -139,6 +139,57 @@ def test_qmp_socket_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         command(capsys, "list", *where)
 
 
+def test_socket_and_domain_file_find_the_same_snapshots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def names(*where: object) -> list[str]:
+        value = json.loads(command(capsys, "list", "--output=json", *where))
+        return [each["name"] for each in value["snapshots"] if not each["foreign"]]
+
+    disks = guest.make_disks(tmp_path, 1)
+    (tmp_path / "other").mkdir()
+    other = guest.make_disks(tmp_path / "other", 1)
+    with guest.running(disks, name="vm") as machine:
+        # First by the socket, then the domain file is written.
+        command(capsys, "create", "a", "-s", machine.socket, "--disk-only")
+        vm = domain_file(tmp_path, disks, machine)
+        command(capsys, "create", "b", "-f", vm, "--disk-only")
+        assert names("-f", vm) == names("-s", machine.socket) == ["a", "b"]
+        assert not os.path.exists(f"{vm}.snapshots")
+        for name in ("a", "b"):
+            command(capsys, "delete", name, "-f", vm)
+        # Another domain of the same name has a catalog of its own.
+        with guest.running(other, name="vm") as second:
+            command(capsys, "create", "x", "-s", second.socket, "--disk-only")
+            command(capsys, "list", "-s", machine.socket, code=1)
+            assert "with other disks" in said(capsys, "create", "y", "-s", machine.socket, "--disk-only")
+            command(capsys, "create", "c", "-f", vm, "--disk-only")
+            assert names("-f", vm) == ["c"]
+            command(capsys, "delete", "x", "-s", second.socket)
+
+
+def test_the_domain_s_name_leads_to_the_catalog_beside_its_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], state_home: Path
+) -> None:
+    disks = guest.make_disks(tmp_path, 1)
+    with guest.running(disks, name="vm") as machine:
+        vm = domain_file(tmp_path, disks, machine)
+        command(capsys, "create", "a", "-f", vm, "--disk-only")
+        assert os.path.isdir(f"{vm}.snapshots")
+        command(capsys, "create", "b", "-s", machine.socket, "--disk-only")
+        assert [one.name for one in Catalog(f"{vm}.snapshots").load()] == ["a", "b"]
+        # One that was moved away is not followed to nowhere.
+        os.rename(f"{vm}.snapshots", tmp_path / "elsewhere")
+        command(capsys, "create", "c", "-s", machine.socket, "--disk-only")
+        assert [one.name for one in Catalog(f"{vm}.snapshots").load()] == ["c"]
+        assert os.listdir(state_home / "domsnap") == ["vm"]
+
+
+def said(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """Standard error of a command that fails."""
+    capsys.readouterr()
+    assert main([str(word) for word in words]) != 0
+    return capsys.readouterr().err
+
+
 def test_memory_moved_inside_and_outside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Taken with the memory in a file, imported, loaded by `snapshot-load`; exported again, loaded by `-incoming`."""
     disks = guest.make_disks(tmp_path, 2)
