@@ -21,7 +21,7 @@ import struct
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,10 +114,10 @@ def disk_counter(path: str | os.PathLike[str], *, snapshot: str | None = None, f
     return int(struct.unpack_from("<I", record, 4)[0])
 
 
-def torn(memory: MemoryRecord, counters: Sequence[int]) -> str | None:
-    """Why memory and disks are not of one instant; None when they are. Exact, without slack."""
+def torn(memory: MemoryRecord, counters: Sequence[int] | Mapping[int, int]) -> str | None:
+    """Why memory and disks (all, or some by number) are not of one instant; None when they are. Exact, no slack."""
     n, phase = memory.n, memory.phase
-    for index, counter in enumerate(counters):
+    for index, counter in counters.items() if isinstance(counters, Mapping) else enumerate(counters):
         if phase == ALL_WRITTEN or index < phase:
             allowed = {n}
         elif index == phase:

@@ -198,6 +198,18 @@ def consistent(record: tuple[int, int], counters: list[int]) -> bool:
     return guest.torn(guest.MemoryRecord(*record), counters) is None
 
 
+def fits_some_moment(earliest: int, latest: int, disks: int, counters: dict[int, int]) -> bool:
+    """Whether disks are of one instant, at which the guest had counted to a number between two others.
+
+    Args:
+        earliest, latest: of the guest's memory before and after.
+        disks: how many the guest writes.
+        counters: by the number of the disk; some may be left out.
+    """
+    moments = [(n, phase) for n in range(earliest, latest + 1) for phase in (*range(disks), guest.ALL_WRITTEN)]
+    return any(guest.torn(guest.MemoryRecord(*moment), counters) is None for moment in moments)
+
+
 def snapshot_counters(snapshot: DomainSnapshot) -> list[int]:
     """The counters of the disks in a snapshot."""
     return [

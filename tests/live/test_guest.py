@@ -9,6 +9,7 @@ import pytest
 
 from tests.live import guest
 from tests.live.guest import ALL_WRITTEN, FIXTURES, MemoryRecord, QmpFailed, torn
+from tests.live.rig import fits_some_moment
 
 pytestmark = pytest.mark.live
 
@@ -41,6 +42,26 @@ def test_boot_sector_is_built_from_its_source(tmp_path: Path) -> None:
 )
 def test_oracle_is_exact(memory: MemoryRecord, counters: list[int], consistent: bool) -> None:
     assert (torn(memory, counters) is None) is consistent
+
+
+@pytest.mark.parametrize(
+    ("counters", "possible"),
+    [
+        ({0: 7, 1: 7}, True),
+        ({0: 8, 1: 7}, True),
+        ({0: 7, 1: 6}, True),
+        ({0: 7, 1: 8}, False),
+        ({0: 8, 1: 6}, False),
+        ({0: 6, 1: 6}, True),  # 7 is about to be written
+        ({0: 5, 1: 5}, False),
+        ({0: 9, 1: 8}, False),
+        ({1: 8}, True),
+        ({1: 9}, False),
+        ({1: 5}, False),
+    ],
+)
+def test_oracle_of_disks_alone(counters: dict[int, int], possible: bool) -> None:
+    assert fits_some_moment(7, 8, 2, counters) is possible
 
 
 def test_internal_snapshots_agree_and_torn_ones_do_not(tmp_path: Path) -> None:
