@@ -10,6 +10,7 @@ QEMU's grammar, as far as it describes local files:
 The options of `json:` may nest drivers. Those that describe local files are understood: `qcow2` and `raw` over `file`,
 `host_device` or another `raw` with `offset` and `size` (a slice), keys nested or dotted, `backing` as null or options,
 `data-file` as options. `blkdebug` is QEMU's driver for faults on demand: without any it shows a file as it is.
+`null-co://` (or the driver null-co or null-aio) is a disk of zeroes that no file is behind.
 """
 
 from __future__ import annotations
@@ -26,6 +27,16 @@ MAX_DESCRIPTION_DEPTH = 32
 
 _FILE_DRIVERS = ("file", "host_device")
 _FORMAT_DRIVERS = ("raw", "qcow2")
+_NULL_DRIVERS = ("null-co", "null-aio")
+_NULL_SIZE = 1 << 30  # QEMU's default
+# What options a driver has beside those that tune how a file is opened; None: a driver that is to be found out.
+_OPTIONS: dict[str | None, frozenset[str]] = {
+    None: frozenset(("driver", "filename", "file", "offset", "size", "backing", "data-file")),
+    "raw": frozenset(("driver", "file", "offset", "size")),
+    "qcow2": frozenset(("driver", "file", "backing", "data-file")),
+    **dict.fromkeys(_FILE_DRIVERS, frozenset(("driver", "filename"))),
+    **dict.fromkeys(_NULL_DRIVERS, frozenset(("driver", "size", "latency-ns", "read-zeroes"))),
+}
 # QEMU's names of what is not a local file.
 _OTHER_PROTOCOLS = ("blkdebug", "blkverify", "ftp", "ftps", "fat", "http", "https", "iscsi", "nbd", "nbd+tcp",
                     "nbd+unix", "nfs", "nvme", "rbd", "ssh", "gluster")  # fmt: skip
@@ -58,6 +69,7 @@ class Reference:
         windows: slices to apply to the file, innermost first, below the format.
         backing: None when the image's own header decides; else the description's word on the backing file.
         data_file: None when the image's own header decides; else the external data file.
+        zeroes: bytes of a disk of zeroes that no file is behind; None for a file.
     """
 
     path: str
@@ -65,6 +77,7 @@ class Reference:
     windows: tuple[Window, ...] = ()
     backing: BackingOverride | None = None
     data_file: Reference | None = None
+    zeroes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +111,7 @@ def backing_reference(name: str, backing_format: str | None, image_path: str) ->
             raise ChainError(f"the backing name '{name}' does not describe a {backing_format} image")
         return replace(reference, format=reference.format or backing_format)
     if has_protocol(name):
-        return Reference(_strip_file_protocol(name), backing_format)
+        return replace(_protocol_reference(name), format=backing_format)
     if not name.startswith("/") and not image_path:
         raise ChainError(f"the relative backing name '{name}' cannot be used: the image that names it has no path")
     return Reference(os.path.join(os.path.dirname(image_path), name), backing_format)
@@ -129,7 +142,7 @@ def parse_image_name(name: str) -> Reference:
     """
     if name.startswith("json:"):
         return _parse_description(name)
-    return Reference(_strip_file_protocol(name) if has_protocol(name) else name)
+    return _protocol_reference(name) if has_protocol(name) else Reference(name)
 
 
 def _refuse_nul(name: str) -> None:
@@ -137,12 +150,15 @@ def _refuse_nul(name: str) -> None:
         raise ChainError(f"the file name {name!r} holds a zero byte")
 
 
-def _strip_file_protocol(name: str) -> str:
+def _protocol_reference(name: str) -> Reference:
+    """What a name with a protocol stands for."""
     protocol, _, path = name.partition(":")
+    if protocol in _NULL_DRIVERS:
+        return Reference(name, zeroes=_NULL_SIZE)
     if protocol not in _FILE_DRIVERS or not path or path.startswith("//"):
         rule = f"'{name}' uses the protocol '{protocol}', which is not opened: only local files are"
         raise ChainError(rule, stock=None if protocol in _OTHER_PROTOCOLS else f"Unknown protocol '{protocol}'")
-    return path
+    return Reference(f"./{path}" if has_protocol(path) else path)
 
 
 def _parse_description(name: str) -> Reference:
@@ -179,15 +195,16 @@ def _reference_from_options(options: dict[str, Any], name: str, depth: int) -> R
     driver = options.get("driver")
     if driver == "blkdebug":
         return _without_faults(options, name, depth)
-    if driver not in (None, *_FILE_DRIVERS, *_FORMAT_DRIVERS):
+    if driver not in _OPTIONS:
         rule = f"the JSON options of '{name}' name the driver '{driver}': only local files are opened"
         raise ChainError(rule, stock=None if driver in KNOWN_FORMATS else f"Unknown driver '{driver}'")
-    known = {"driver", "filename", "file", "offset", "size", "backing", "data-file"} | _TUNING_OPTIONS
-    unknown = sorted(set(options) - known)
+    unknown = sorted(set(options) - _OPTIONS[driver] - _TUNING_OPTIONS)
     if unknown:
         rule = f"the JSON options of '{name}' hold '{unknown[0]}', which cannot be followed"
         stock = f"Block format '{driver}' does not support the option '{unknown[0]}'"
         raise ChainError(rule, stock=None if driver is None else stock)
+    if driver in _NULL_DRIVERS:
+        return Reference(f"{driver}://", zeroes=_number(options.get("size", _NULL_SIZE), "size", name))
     if driver in _FILE_DRIVERS or (driver is None and "filename" in options):
         return _file_reference(options, name)
     inner = _child(options, "file", name, depth)
@@ -196,11 +213,11 @@ def _reference_from_options(options: dict[str, Any], name: str, depth: int) -> R
     if driver == "raw":
         window = _window(options, name)
         windows = inner.windows if window is None else (*inner.windows, window)
-        return Reference(inner.path, "raw", windows)
+        return replace(inner, format="raw", windows=windows)
     if "offset" in options or "size" in options:
         raise ChainError(f"the JSON options of '{name}' give an offset or size to a driver other than raw")
     data_file = None if "data-file" not in options else _child(options, "data-file", name, depth)
-    return Reference(inner.path, driver, inner.windows, _backing_override(options, name, depth), data_file)
+    return replace(inner, format=driver, backing=_backing_override(options, name, depth), data_file=data_file)
 
 
 def _child(options: dict[str, Any], role: str, name: str, depth: int) -> Reference:
@@ -233,7 +250,7 @@ def _file_reference(options: dict[str, Any], name: str) -> Reference:
         # Without a driver QEMU takes the name as a user's file name, protocols included.
         if filename.startswith("json:"):
             raise ChainError(f"the JSON options of '{name}' hold another description as a file name")
-        filename = _strip_file_protocol(filename) if has_protocol(filename) else filename
+        return _protocol_reference(filename) if has_protocol(filename) else Reference(filename)
     return Reference(filename)
 
 

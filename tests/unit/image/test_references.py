@@ -53,7 +53,11 @@ def test_plain_backing_names(name: str, image: str, path: str) -> None:
         'json:{"driver":"qcow2","file":{"filename":"json:{}"}}',
         'json:{"driver":"file","filename":""}', 'json:{"driver":"file","filename":7}', 'json:{"driver":"qcow2"}',
         'json:{"driver":"file","filename":"a\\u0000b"}',
-        'json:{"driver":"qcow2","data-file":{"driver":"file","filename":"x"},"file":{"driver":"file","filename":"x"}}',
+        'json:{"driver":"qcow2","data-file":"x","file":{"driver":"file","filename":"x"}}',
+        'json:{"driver":"raw","backing":null,"file":{"driver":"file","filename":"x"}}',
+        'json:{"driver":"blkdebug","config":"rules","image":{"driver":"file","filename":"x"}}',
+        'json:{"driver":"blkdebug","inject-error":[{"event":"none"}],"image":{"driver":"file","filename":"x"}}',
+        "json:{'driver':'qcow2','driver':'raw'}", "json:{'driver':qcow2}", "json:{'driver':'file'}x", "json:",
         'json:{"file.driver":"file","file":7,"driver":"qcow2"}', 'json:{"file":7,"file.driver":"file"}',
     ],
 )  # fmt: skip
@@ -101,6 +105,17 @@ def test_a_relative_name_needs_a_directory() -> None:
              "file": {"driver": "file", "filename": "x"}},
             Reference("x", "qcow2", (), BackingOverride(Reference("b", "raw"))),
         ),
+        (
+            {"driver": "qcow2", "data-file.driver": "file", "data-file.filename": "d", "file.filename": "x"},
+            Reference("x", "qcow2", data_file=Reference("d")),
+        ),
+        (
+            {"driver": "qcow2", "file": {"driver": "blkdebug", "set-state": [{"event": "read_aio", "new_state": 2}],
+             "image": {"driver": "file", "filename": "x"}}},
+            Reference("x", "qcow2", (Window(0, None),)),
+        ),
+        ({"driver": "null-co", "size": 1024, "read-zeroes": True}, Reference("null-co://", zeroes=1024)),
+        ({"driver": "raw", "file.driver": "null-aio"}, Reference("null-aio://", "raw", zeroes=1 << 30)),
     ],
 )  # fmt: skip
 def test_descriptions(options: dict[str, object], reference: Reference) -> None:
@@ -147,5 +162,8 @@ def test_data_file_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_user_names() -> None:
     assert parse_image_name("disk.qcow2") == Reference("disk.qcow2")
     assert parse_image_name("file:disk.qcow2") == Reference("disk.qcow2")
+    assert parse_image_name("file:with:colon") == Reference("./with:colon")
+    assert parse_image_name("null-co://") == Reference("null-co://", zeroes=1 << 30)
+    assert parse_image_name("""json:{'driver' : "file", 'filename':'it\\'s "x"'}""") == Reference('it\'s "x"')
     assert not has_protocol("./a:b")
     assert has_protocol("a:b/c")
