@@ -35,6 +35,7 @@ from qcowlib.image.window import WritableStorageWindow
 from qcowlib.metadata.state import Qcow2State, load_state
 from qcowlib.storage.buffer import BytesStorage
 from qcowlib.storage.local import LocalFile, from_descriptor, open_local
+from qcowlib.storage.null import NullStorage
 from qcowlib.storage.protocol import ReadStorage, Storage
 
 if TYPE_CHECKING:
@@ -216,7 +217,10 @@ def _open_reference(reference: Reference, request: _Request) -> Qcow2Image | Raw
 
 def _reference_storage(reference: Reference, request: _Request) -> ReadStorage:
     """The file of a reference, seen through its windows."""
-    storage: ReadStorage = open_local(reference.path, writable=request.writable, force_share=request.force_share)
+    if reference.zeroes is not None:
+        storage: ReadStorage = NullStorage(reference.zeroes, reference.path)
+    else:
+        storage = open_local(reference.path, writable=request.writable, force_share=request.force_share)
     with ExitStack() as undo:
         undo.callback(storage.close)
         for window in reference.windows:
