@@ -81,6 +81,7 @@ def resize(
     if image.header.nb_snapshots and image.header.version < 3:
         raise OptionError("Can't resize a v2 image which has snapshots")
     with image.exclusive() as transaction, resize_bitmaps(transaction, size):
+        transaction.flush()  # what was written before the resize is there if the resize is
         if size < image.size:
             _shrink(image, transaction, size)
         else:
@@ -116,11 +117,15 @@ def _grow(
         transaction.commit()
     try:
         _prepare(image, transaction, size, preallocation, hides=hides, progress=progress)
+        transaction.commit()
+        transaction.flush()  # the new part reads as it shall before it is a part of the disk
         transaction.change_header(size=size)
         transaction.commit()
     except QcowError:
         _take_back(image, transaction, old)
         raise
+    finally:
+        image.growing_to = 0
 
 
 def _prepare(

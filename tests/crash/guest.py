@@ -25,10 +25,10 @@ class Step(NamedTuple):
     """One thing a program does.
 
     Attributes:
-        kind: "write", "packed" (a compressed cluster), "zero", "discard", "flush", "create", "apply", "delete", or
-            "attach" (give a snapshot a vm state).
+        kind: "write", "packed" (a compressed cluster), "zero", "discard", "flush", "create", "apply", "delete",
+            "attach" (give a snapshot a vm state), "resize", or "reserve" (grow with preallocated space).
         offset: guest bytes.
-        length: guest bytes; bytes of vm state for "create" and "attach".
+        length: guest bytes; bytes of vm state for "create" and "attach"; the new size for "resize" and "reserve".
         seed: start of the pseudo-random data.
         name: of the snapshot.
     """
@@ -42,7 +42,7 @@ class Step(NamedTuple):
     @property
     def whole(self) -> bool:
         """Whether it happens wholly or not at all, and is durable when it returns."""
-        return self.kind in ("create", "apply", "delete", "attach")
+        return self.kind in ("create", "apply", "delete", "attach", "resize", "reserve")
 
     def data(self) -> bytes:
         """What is written."""
@@ -109,7 +109,7 @@ class Guest:
         elif step.kind == "delete":
             del saved[step.name]
             saved.pop(step.name + VM_STATE, None)
-        elif step.kind == "resize":
+        elif step.kind in ("resize", "reserve"):
             content = content[: step.length].ljust(step.length, b"\0")
         elif step.kind != "flush":
             content = self._changed(content, step)
@@ -131,7 +131,7 @@ class Guest:
         if final.step.whole and last > first:
             if content == final.content and dict(saved) == dict(final.saved):
                 return None
-            if final.step.kind != "apply" and saved.keys() == final.saved.keys():
+            if final.step.kind not in ("apply", "resize", "reserve") and saved.keys() == final.saved.keys():
                 return "the operation on snapshots took effect, but contents differ"
             last -= 1
         expected = self.moments[first].saved

@@ -51,16 +51,32 @@ def delete(name: str) -> Step:
     return Step("delete", name=name)
 
 
-def resize(clusters: int) -> Step:
+def resize(clusters: float) -> Step:
     """Change the size of the disk; by qemu-img, while the image is made."""
-    return Step("resize", length=clusters)
+    return Step("resize", length=clusters)  # type: ignore[arg-type]
+
+
+def reserve(clusters: float) -> Step:
+    """Make the disk larger, with preallocated space."""
+    return Step("reserve", length=clusters)  # type: ignore[arg-type]
 
 
 def scale(steps: Sequence[Step], cluster_size: int) -> list[Step]:
-    """Steps in bytes; a fraction of a cluster may lie inside a sector."""
+    """Steps in bytes; a fraction of a cluster may lie inside a sector, but for sizes of the disk."""
     return [
-        step._replace(offset=int(step.offset * cluster_size), length=int(step.length * cluster_size)) for step in steps
+        step._replace(
+            offset=int(step.offset * cluster_size),
+            length=sectors(step.length * cluster_size)
+            if step.kind in ("resize", "reserve")
+            else int(step.length * cluster_size),
+        )
+        for step in steps
     ]
+
+
+def sectors(length: float) -> int:
+    """A length in bytes, rounded up to sectors."""
+    return -int(-length // 512) * 512
 
 
 # Steps that make the image, steps under test.
@@ -202,6 +218,37 @@ SIZES = (
     [apply("large"), write(24, 2, 3), apply("small"), create("again"), delete("large"), write(1.5, 3, 4)],
 )
 
+# Grown with a larger L1 table, shrunk over L2 tables, data and compressed clusters; the last cluster cut in parts.
+RESIZE: Program = (
+    [write(0, 14), packed(14, 1), packed(15, 2), zero(16, 1), write(18, 2)],
+    [
+        write(1.1, 1.5, 20),
+        resize(200),
+        write(150.25, 3, 21),
+        packed(180, 3),
+        FLUSH,
+        resize(15.5),
+        write(2, 1, 22),
+        resize(40),
+        write(15.25, 0.5, 23),
+        reserve(45),
+        write(41, 1, 24),
+        resize(11.5),
+    ],
+)
+
+# The tables are shared with snapshots of other sizes.
+RESIZE_SHARED: Program = (
+    [*_SHARED],
+    [resize(11.5), write(2, 1, 20), create("c"), resize(90), write(9, 4, 21), delete("c"), resize(10.5), apply("a")],
+)
+
+# Above a backing file that is longer than the disk.
+RESIZE_BACKING: Program = (
+    [write(2, 2), zero(5, 1)],
+    [resize(12.5), write(11, 0.5, 1), resize(10), resize(18), reserve(24), write(20, 1, 2)],
+)
+
 # A refcount block ends inside the first write, and others after it where they have 64 entries.
 BLOCKS: Program = (
     [write(0, 200)],
@@ -236,13 +283,13 @@ def _scenarios() -> list[Scenario]:
         name: str,
         options: Options,
         program: Program,
-        clusters: int,
+        clusters: float,
         backing: float = 0,
         samples: int = 5,
     ) -> None:
         size = int(options["cluster_size"])
         before, steps = (scale(part, size) for part in program)
-        found.append(Scenario(name, clusters * size, options, before, steps, int(backing * size), samples))
+        found.append(Scenario(name, sectors(clusters * size), options, before, steps, int(backing * size), samples))
 
     for label, options in geometries.items():
         for name, program in (writes | trees).items():
@@ -252,6 +299,11 @@ def _scenarios() -> list[Scenario]:
         if options["compat"] == "1.1":  # qemu-img resizes no version 2 image that has snapshots
             add(f"sizes-{label}", options, SIZES, 20)
         add(f"backing-{label}", options, BACKING, 40, backing=15.5)
+        if label != "v3-4k-r8":
+            add(f"resize-{label}", options, RESIZE, 20, samples=3)
+        if label in ("v3-512", "v3-16k-parts"):
+            add(f"resize-shared-{label}", options, RESIZE_SHARED, 20, samples=3)
+            add(f"resize-backing-{label}", options, RESIZE_BACKING, 10.25, backing=15.5, samples=3)
     add("growth-v3-512-r64", v3 | small | {"refcount_bits": 64}, GROWTH, 4000, samples=2)
     add("blocks-v2-512", v2 | small, BLOCKS, 400)
     add("blocks-v3-512-r64", v3 | small | {"refcount_bits": 64}, BLOCKS, 400)

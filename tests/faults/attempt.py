@@ -81,6 +81,8 @@ def attempt(
 def _try_step(image: WritableQcow2Image, step: Step, done: Attempt) -> None:
     """One step; the model follows what took place."""
     model, usable = done.guest, not image.transaction.failed
+    if step.kind in ("write", "packed", "zero", "discard") and step.offset + step.length > image.size:
+        return  # a resize before it has failed
     try:
         run_step(image, step)
     except (QcowError, KeyboardInterrupt) as error:
@@ -103,6 +105,9 @@ def _look(image: WritableQcow2Image, step: Step, done: Attempt) -> None:
     model = done.guest
     content = _read_in_spite(image, done)
     assert {entry.name for entry in image.snapshots} == {name for name in model.now.saved if VM_STATE not in name}
+    if step.kind == "resize" and len(content) == step.length:
+        model.follow(step)  # the size has changed; giving back the space has failed
+        done.durable = len(model.moments) - 1
     if step.whole:
         assert content == model.now.content, f"a {step.kind} that was refused has changed the disk"
         return
