@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from qcowlib.operations.compare import Comparison, NotComparable, Outcome, compare
     from qcowlib.operations.convert import convert
     from qcowlib.operations.difference import ChangeKind, ChangeTable, changed_extents, difference
+    from qcowlib.operations.digest import StateDigest, digest_states
     from qcowlib.operations.map import MapRow, map_image
     from qcowlib.operations.rebase import rebase
     from qcowlib.operations.resize import resize
@@ -112,6 +113,7 @@ __all__ = [
     "ReferenceDenied",
     "Severity",
     "SnapshotError",
+    "StateDigest",
     "StateSpace",
     "Storage",
     "StorageError",
@@ -136,6 +138,7 @@ __all__ = [
     "create_snapshot",
     "delete_snapshot",
     "difference",
+    "digest_states",
     "dirty_extents",
     "disable_bitmap",
     "enable_bitmap",
@@ -175,6 +178,7 @@ _MODULES = {
     "qcowlib.operations.compare": ("Comparison", "NotComparable", "Outcome", "compare"),
     "qcowlib.operations.convert": ("convert",),
     "qcowlib.operations.difference": ("ChangeKind", "ChangeTable", "changed_extents", "difference"),
+    "qcowlib.operations.digest": ("StateDigest", "digest_states"),
     "qcowlib.operations.map": ("MapRow", "map_image"),
     "qcowlib.operations.rebase": ("rebase",),
     "qcowlib.operations.resize": ("resize",),

@@ -28,6 +28,7 @@ COMMANDS = {
     "create": "create an image, or an overlay on a backing file",
     "dd": "copy blocks of an image into a new image",
     "diff": "tell in which ranges two states of a disk differ",
+    "digest": "hash the content of an image and of all its snapshots, or verify it",
     "info": "show what an image is, and its backing chain",
     "map": "show where the data of an image is",
     "rebase": "give an image another backing file, or none",
@@ -61,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _abandon_output()
         return 0  # the reader has seen enough; qemu-img does not mind either
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
+        for note in getattr(stop, "__notes__", ()):  # what was left unfinished
+            report(note)
         return INTERRUPTED
     except OSError as error:
         _abandon_output()

@@ -27,6 +27,7 @@ from qcowlib.image.chain import Layer, chain_layers
 from qcowlib.image.qcow2 import MappedLayer, SnapshotView
 from qcowlib.image.reader import ReadableImage
 from qcowlib.metadata.mapping import ClusterMapping
+from qcowlib.metadata.reference_counts import distinct
 from qcowlib.operations.located import (
     DAMAGED,
     Located,
@@ -218,7 +219,7 @@ def _changes(old: Iterator[Located], new: Iterator[Located]) -> Iterator[ChangeT
         first = max(int(left.rows.start[0]), int(right.rows.start[0]))
         end = min(left.end, right.end)
         one, other = left.between(first, end), right.between(first, end)
-        starts = np.union1d(one.rows.start, other.rows.start)
+        starts = distinct(np.concatenate((one.rows.start, other.rows.start)))
         yield _judged(one.at(starts, end), other.at(starts, end))
         left = left.between(end, left.end) if left.end > end else next(old, None)
         right = right.between(end, right.end) if right.end > end else next(new, None)

@@ -10,7 +10,23 @@ import pytest
 
 from tests.cli.side_by_side import process_environment
 
-COMMANDS = ["bitmap", "check", "convert", "create", "dd", "diff", "info", "map", "resize", "snapshot", "space"]
+COMMANDS = [
+    "bitmap",
+    "check",
+    "commit",
+    "compare",
+    "convert",
+    "create",
+    "dd",
+    "diff",
+    "digest",
+    "info",
+    "map",
+    "rebase",
+    "resize",
+    "snapshot",
+    "space",
+]
 PROBE = """
 import sys
 from qcowlib.cli.main import main
