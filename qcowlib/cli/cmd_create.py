@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from qcowlib.cli.common import OBJECT, QUIET, SHORT_FORMAT, CommandFailed, size_argument, stock_text
+from qcowlib.cli.common import FORMAT, OBJECT, QUIET, CommandFailed, size_argument, stock_text
 from qcowlib.cli.creation_options import (
     formatting_line,
     library_options,
@@ -19,15 +19,16 @@ from qcowlib.errors import OptionError, QcowError
 
 SYNTAX = Syntax(
     "create",
-    "[--object OBJECT] [-q] [-f FMT] [-b BACKING_FILE [-F BACKING_FMT]] [-u] [-o OPTIONS] FILENAME [SIZE]",
+    "[--object OBJECT] [-q] [-f FMT] [-b BACKING_FILE [-F|-B BACKING_FMT]] [-u] [-o OPTIONS] FILENAME [SIZE]",
     (
-        SHORT_FORMAT._replace(help="format of the new image: raw (default) or qcow2"),
-        Option("options", "o", "", "OPTIONS", "name=value,... of the format; -o help lists them"),
-        Option("backing", "b", "", "FILE", "make an overlay on this file; a relative name starts at the new image"),
+        FORMAT._replace(help="format of the new image: raw (default) or qcow2"),
+        Option("options", "o", "options", "OPTIONS", "name=value,... of the format; -o help lists them"),
+        Option("backing", "b", "backing", "FILE", "an overlay on this file; a relative name starts at the new image"),
         Option("backing-format", "F", "", "FMT", "format of the backing file"),
-        Option("unsafe", "u", "", None, "do not open the backing file; SIZE is needed then"),
+        Option("backing-format", "B", "backing-format", "FMT", "the same, as newer qemu-img has it"),
+        Option("unsafe", "u", "backing-unsafe", None, "do not open the backing file; SIZE is needed then"),
         OBJECT,
-        QUIET,
+        QUIET._replace(long="quiet"),
     ),
     "SIZE is in bytes or has a suffix k, M, G, T, P or E. Without it an overlay is as large as its backing file.\n"
     "Exit codes: 0 made, 1 not made.",

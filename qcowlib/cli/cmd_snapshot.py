@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from qcowlib.cli.common import (
     FORCE_SHARE,
+    FORMAT,
     IMAGE_OPTS,
     OBJECT,
     OUTPUT,
@@ -23,13 +24,20 @@ from qcowlib.errors import FormatError, NoSuchSnapshot, QcowError
 
 SYNTAX = Syntax(
     "snapshot",
-    "[--object OBJECT] [--image-opts] [-U] [-q] [-l [--output=OFMT] | -a SNAPSHOT | -c NAME | -d NAME] FILENAME",
+    "[--object OBJECT] [--image-opts] [-f FMT] [-U] [-q] [-l [--output=OFMT] | -a SNAPSHOT | -c NAME | -d NAME] FILE",
     (
-        Option("list", "l", "", None, "list the snapshots; times are local"),
-        Option("apply", "a", "", "SNAPSHOT", "make the disk what it was, size included; SNAPSHOT is an id or a name"),
-        Option("create", "c", "", "NAME", "keep the present state of the disk under a name"),
+        FORMAT,
+        Option("list", "l", "list", None, "list the snapshots, also without any of these; times are local"),
         Option(
-            "delete", "d", "", "NAME", "delete the first snapshot of this name and give its space back to the image"
+            "apply", "a", "apply", "SNAPSHOT", "make the disk what it was, size included; SNAPSHOT is an id or a name"
+        ),
+        Option("create", "c", "create", "NAME", "keep the present state of the disk under a name"),
+        Option(
+            "delete",
+            "d",
+            "delete",
+            "NAME",
+            "delete the first snapshot of this name and give its space back to the image",
         ),
         OUTPUT,
         QUIET,
@@ -51,9 +59,9 @@ def run(arguments: Arguments) -> int:
         raise UsageError("Cannot mix '-l', '-a', '-c', '-d'")
     filename = one_filename(arguments)
     as_json = wants_json(arguments)
-    action, snapshot = actions[0] if actions else ("none", "")
-    if action in {"list", "none"}:
-        return _list(arguments, filename, as_json, show=action == "list")
+    action, snapshot = actions[0] if actions else ("list", "")
+    if action == "list":
+        return _list(arguments, filename, as_json)
     if as_json:
         raise CommandFailed("--output=json is for -l")
     if arguments.has("force-share"):
@@ -61,13 +69,13 @@ def run(arguments: Arguments) -> int:
     return _change(arguments, filename, action, snapshot)
 
 
-def _list(arguments: Arguments, filename: str, as_json: bool, *, show: bool) -> int:
+def _list(arguments: Arguments, filename: str, as_json: bool) -> int:
     force_share = arguments.has("force-share")
     with open_image_name(image_name(arguments, filename), force_share=force_share, open_backing=False) as image:
         snapshots = list(getattr(image, "snapshots", ()))
-    if show and as_json:
+    if as_json:
         print(dumps([snapshot_members(entry) for entry in snapshots]))
-    elif show and snapshots:
+    elif snapshots:
         print_snapshot_table(snapshots)
     return 0
 

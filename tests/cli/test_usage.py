@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from qcowlib.cli.main import COMMANDS
 from qcowlib.cli.options import (
     Arguments,
     HelpWanted,
@@ -161,6 +162,26 @@ def test_json_is_written_as_qemu_writes_it() -> None:
         ["snapshot", "-c"],
         ["convert"],
         ["convert", "image"],
+        ["commit"],
+        ["commit", "-U", "image"],
+        ["commit", "image", "image"],
+        ["commit", "-r", "x", "image"],
+        ["commit", "-r", "-1", "image"],
+        ["commit", "-t", "foo", "image"],
+        ["commit", "image"],
+        ["commit", "-b", "nothing", "image"],
+        ["rebase"],
+        ["rebase", "image"],
+        ["rebase", "-b"],
+        ["rebase", "-t", "foo", "-u", "image"],
+        ["rebase", "-T", "foo", "-u", "image"],
+        ["rebase", "-p", "-t", "foo", "-u", "image"],
+        ["rebase", "-b", "nothing", "image"],
+        ["rebase", "-b", "nothing", "-F", "foo", "image"],
+        ["rebase", "-b", "nothing", "-F", "qcow2", "image"],
+        ["rebase", "-b", "image", "-F", "qcow2", "image"],
+        ["rebase", "-u", "-b", "image", "image"],
+        ["rebase", "-u", "-b", "x" * 1100, "-F", "raw", "image"],
         ["dd"],
         ["dd", "foo"],
         ["dd", "foo=1"],
@@ -212,7 +233,7 @@ def test_the_programs_own_name_is_in_messages(tmp_path: Path) -> None:
     assert done.stderr.startswith(b"other-name: Command not found: foo\n")
 
 
-@pytest.mark.parametrize("command", ["check", "convert", "create", "dd", "info", "map", "snapshot"])
+@pytest.mark.parametrize("command", sorted(COMMANDS))
 def test_each_command_has_help(tmp_path: Path, command: str) -> None:
     said = ours(tmp_path, command, "--help")
     assert said.code == 0
@@ -226,7 +247,7 @@ def test_each_command_has_help(tmp_path: Path, command: str) -> None:
 def test_overview_names_all_commands(tmp_path: Path) -> None:
     said = ours(tmp_path, "--help")
     assert said.code == 0
-    for command in ("check", "convert", "create", "dd", "info", "map", "snapshot"):
+    for command in COMMANDS:
         assert f"\n  {command} " in said.out
 
 
