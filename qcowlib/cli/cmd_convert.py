@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qcowlib.cli.common import (
@@ -18,6 +18,7 @@ from qcowlib.cli.common import (
     report,
     report_error,
     size_argument,
+    stock_errno,
     stock_text,
 )
 from qcowlib.cli.creation_options import (
@@ -27,21 +28,21 @@ from qcowlib.cli.creation_options import (
     require_creatable,
 )
 from qcowlib.cli.opening import ImageName, image_name, not_opened, open_image_name, options_name
-from qcowlib.cli.options import Arguments, Option, Syntax, help_wanted, join_option_lists, parse_key_values
+from qcowlib.cli.options import Arguments, Option, Syntax, help_wanted, join_option_lists
 from qcowlib.cli.progress import Progress
 from qcowlib.cli.secrets import read_secrets
+from qcowlib.cli.selected_snapshot import open_selected, snapshot_selection
 from qcowlib.errors import ChainError, ImageLocked, ImageStateError, OptionError, QcowError, StorageError
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
-    from qcowlib.image.qcow2 import Qcow2Image
-    from qcowlib.image.raw import RawImage
     from qcowlib.image.reader import ReadableImage
+    from qcowlib.operations.copy_source import Loss
 
 SYNTAX = Syntax(
     "convert",
-    "[OPTIONS] FILENAME OUTPUT_FILENAME",
+    "[OPTIONS] FILENAME [FILENAME2 ...] OUTPUT_FILENAME",
     (
         SHORT_FORMAT._replace(help="format of the source: qcow2 or raw (default: by its content)"),
         Option("target-format", "O", "", "FMT", "format of the target: raw (default) or qcow2"),
@@ -57,12 +58,14 @@ SYNTAX = Syntax(
         Option("target-image-opts", "", "target-image-opts", None, "with -n: OUTPUT_FILENAME is a list of options"),
         Option("sparse-size", "S", "", "BYTES", "zeroes that make a hole (default: 4k; 0: write all of them)"),
         Option("threads", "m", "", "COUNT", "at most so many threads (1 to 16, default: 8)"),
-        Option("out-of-order", "W", "", None, "allow to write out of order"),
+        Option("out-of-order", "W", "", None, "write to a raw target in any order; those of qcow2 stay in guest order"),
         Option("rate-limit", "r", "", "BYTES", "copy at most so many bytes in a second"),
-        Option("copy-offload", "C", "", None, "the host may copy by itself; not with -c and -S"),
-        Option("cache", "t", "", "CACHE", "cache mode of the target; it is on disk at the end in all of them"),
+        Option(
+            "copy-offload", "C", "", None, "let the host copy (or share) data by itself; not with -c, -S, --salvage"
+        ),
+        Option("cache", "t", "", "CACHE", "cache mode of the target; it is on disk at the end, but with -t unsafe"),
         Option("source-cache", "T", "", "CACHE", "cache mode of the source; reading is the same in all of them"),
-        Option("salvage", "", "salvage", None, "not available yet"),
+        Option("salvage", "", "salvage", None, "take what cannot be read for zeroes, with a warning for each piece"),
         Option("bitmaps", "", "bitmaps", None, "copy the dirty bitmaps, too (qcow2)"),
         Option("skip-broken-bitmaps", "", "skip-broken-bitmaps", None, "leave out inconsistent bitmaps"),
         PROGRESS,
@@ -71,12 +74,15 @@ SYNTAX = Syntax(
         IMAGE_OPTS,
         FORCE_SHARE,
     ),
-    "A snapshot is read with its own disk size. Exit codes: 0 done, 1 failed (a new target is removed again).",
+    "Several sources are joined to one disk. A snapshot is read with its own disk size.\n"
+    "Until it is done the target is called OUTPUT_FILENAME.qcow-incomplete; a new one is removed after a failure.\n"
+    "Exit codes: 0 done, 1 failed.",
 )
 
 _MAX_THREADS = 16
 _SECTOR = 512
 _MAX_SPARSE_SIZE = 32768 * _SECTOR
+_JOINED_WITH_BACKING = "Having a backing file for the target makes no sense when concatenating multiple input images"
 
 
 class _Target(NamedTuple):
@@ -105,16 +111,15 @@ def run(arguments: Arguments) -> int:
     if filename is None:
         raise CommandFailed("Must specify image file name")
     cache_mode(arguments.last("source-cache"), "writeback", "Invalid source cache option")
-    _refuse_missing_features(arguments, sources)
     enabled = arguments.has("progress") and not arguments.has("quiet")
     progress = Progress(enabled=enabled, bytes_per_second=rate)
     progress.start()
     code = 1
     try:
-        with _source(arguments, sources[0]) as source, _executor(threads) as executor:
-            target = _target(arguments, filename, option_text)
+        with _sources(arguments, sources) as images, _executor(threads) as executor:
+            target = _target(arguments, filename, option_text, joined=len(images) > 1)
             cache_mode(arguments.last("cache"), "unsafe", "Invalid cache option")
-            _convert(arguments, source, target, sparse_size, executor, progress)
+            _convert(arguments, images, target, sparse_size, executor, progress)
         code = 0
     except QcowError as error:
         code = report_error(error)
@@ -125,7 +130,7 @@ def run(arguments: Arguments) -> int:
 
 def _convert(
     arguments: Arguments,
-    source: ReadableImage,
+    images: list[ReadableImage],
     target: _Target,
     sparse_size: int,
     executor: Executor | None,
@@ -137,7 +142,7 @@ def _convert(
     create = not arguments.has("no-create")
     try:
         convert(
-            source,
+            images,
             target.path,
             target_format=target.format,
             create=create,
@@ -149,6 +154,11 @@ def _convert(
             bitmaps=arguments.has("bitmaps"),
             skip_broken_bitmaps=arguments.has("skip-broken-bitmaps"),
             warn=lambda text: report(f"warning: {text}"),
+            salvage=arguments.has("salvage"),
+            lost=None if arguments.has("quiet") else _report_loss,
+            offload=arguments.has("copy-offload"),
+            out_of_order=arguments.has("out-of-order"),
+            durable=arguments.last("cache") != "unsafe",
             policy=LocalFiles(),
             target_passphrase=target.passphrase,
             executor=executor,
@@ -159,12 +169,19 @@ def _convert(
         raise _about_target(target, error, create=create) from error
 
 
+def _report_loss(loss: Loss) -> None:
+    what = "block status at offset" if loss.mapping else "offset"
+    report(f"warning: error while reading {what} {loss.start}: {stock_errno(loss.error) or loss.error}")
+
+
 def _about_target(target: _Target, error: QcowError, *, create: bool) -> QcowError:
     """The error with qemu-img's words before it, when it is about the target."""
+    if error.stock.startswith("error while "):  # it came in the middle of the work
+        return error
     if isinstance(error, StorageError) and (error.name != target.path or error.action in {"read", "write"}):
         return error
     if create and target.backing_file is not None and isinstance(error, ChainError):
-        reason = str(error).removesuffix("\nCould not open backing image.")
+        reason = stock_text(error).removesuffix("\nCould not open backing image.")
         return CommandFailed(f"Could not open '{target.text}': Could not open backing file: {reason}")
     if not create and isinstance(error, OptionError | ImageStateError) and not isinstance(error, ImageLocked):
         return error
@@ -174,47 +191,31 @@ def _about_target(target: _Target, error: QcowError, *, create: bool) -> QcowErr
 
 
 @contextmanager
-def _source(arguments: Arguments, filename: str) -> Iterator[ReadableImage]:
-    """The image to read, or the snapshot in it."""
-    name = image_name(arguments, filename)
+def _sources(arguments: Arguments, filenames: list[str]) -> Iterator[list[ReadableImage]]:
+    """The images to read, or the snapshot in the first one."""
     snapshot = arguments.last("snapshot")
-    selection = None if snapshot is None else _selection(snapshot)
-    with open_image_name(name, force_share=arguments.has("force-share"), open_backing=True) as image:
-        yield image if selection is None else _open_snapshot(image, selection)
-
-
-def _selection(text: str) -> dict[str, str]:
-    """Keyword arguments of `open_snapshot` for a -l argument."""
-    if not text.startswith("snapshot."):
-        return {"id_or_name": text}
-    names = {"snapshot.id": "snapshot_id", "snapshot.name": "name"}
-    selection = {}
-    for element in parse_key_values(text):
-        if element.name not in names:
-            raise CommandFailed(
-                f"Invalid parameter '{element.name}'\nFailed in parsing snapshot param '{text}'", repeat=True
+    selection = None if snapshot is None else snapshot_selection(snapshot)
+    with ExitStack() as opened:
+        images: list[ReadableImage] = [
+            opened.enter_context(
+                open_image_name(
+                    image_name(arguments, filename), force_share=arguments.has("force-share"), open_backing=True
+                )
             )
-        selection[names[element.name]] = element.value
-    return selection
+            for filename in filenames
+        ]
+        if selection is not None:
+            if len(images) > 1 and "id_or_name" in selection:
+                raise CommandFailed("No support for concatenating multiple snapshot")
+            images[0] = open_selected(images[0], selection)
+        yield images
 
 
-def _open_snapshot(image: Qcow2Image | RawImage, selection: dict[str, str]) -> ReadableImage:
-    from qcowlib.image.raw import RawImage
-
-    if isinstance(image, RawImage):
-        raise CommandFailed(
-            "Failed to load snapshot: Block format 'raw' used by device '' does not support temporarily loading "
-            "internal snapshots"
-        )
-    try:
-        return image.open_snapshot(**selection)
-    except QcowError as error:
-        raise CommandFailed(f"Failed to load snapshot: {stock_text(error)}") from error
-
-
-def _target(arguments: Arguments, filename: str, option_text: str | None) -> _Target:
+def _target(arguments: Arguments, filename: str, option_text: str | None, *, joined: bool) -> _Target:
     secrets = read_secrets(arguments)
     image_format = arguments.last("target-format")
+    if joined and arguments.has("no-create") and arguments.has("backing"):
+        raise CommandFailed(_JOINED_WITH_BACKING)
     if arguments.has("no-create"):
         return _existing_target(arguments, filename, image_format, secrets)
     image_format = image_format or "raw"
@@ -230,6 +231,8 @@ def _target(arguments: Arguments, filename: str, option_text: str | None) -> _Ta
         raise CommandFailed("Backing file not supported for file format 'raw'")
     if image_format == "raw" and backing_format is not None:
         raise CommandFailed("Backing file format not supported for file format 'raw'")
+    if joined and backing is not None:
+        raise CommandFailed(_JOINED_WITH_BACKING)
     if backing is not None and backing_format is None:
         raise CommandFailed("Use of backing file requires explicit backing format")
     _refuse_compression(arguments, image_format, options)
@@ -249,7 +252,7 @@ def _existing_target(
     if name.reference.format is None:
         raise not_opened(name, OptionError("the target's options have to say its driver"))
     _refuse_compression(arguments, name.reference.format, {})
-    return _Target(filename, name.reference.path, name.reference.format, name.passphrase)
+    return _Target(filename, name.reference.path, name.reference.format, name.passphrase, arguments.last("backing"))
 
 
 def _refuse_compression(arguments: Arguments, image_format: str, options: dict[str, Any]) -> None:
@@ -329,12 +332,3 @@ def _refuse_contradictions(arguments: Arguments, option_text: str | None) -> Non
     ):
         if contradicts:
             raise CommandFailed(message)
-
-
-def _refuse_missing_features(arguments: Arguments, sources: list[str]) -> None:
-    if len(sources) > 1 and arguments.has("bitmaps"):
-        raise CommandFailed("Copying bitmaps only possible with single source")
-    if len(sources) > 1:
-        raise CommandFailed("joining several images is not available yet")
-    if arguments.has("salvage"):
-        raise CommandFailed("salvaging is not available yet")
