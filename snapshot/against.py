@@ -19,6 +19,12 @@ _MAX_FILE_NAME = 255
 #: States in which QEMU can take a snapshot.
 _USABLE_STATES = ("running", "paused", "prelaunch")
 _FORMATS = ("qcow2", "raw")
+#: What to do about nodes that stand over an image, or are something else.
+_ADVICE = {
+    "throttle": ": limits set with block_set_io_throttle, or with throttling options of -drive, need no such node",
+    "copy-on-read": ": start the domain without copy-on-read",
+    "luks": ": LUKS in a qcow2 file (encrypt.format=luks) can have snapshots inside",
+}
 
 
 def reasons(resolved: Resolved, host: Mapping[str, PathFacts], taken: Collection[str]) -> list[str]:
@@ -84,6 +90,8 @@ def _against_domain(resolved: Resolved) -> Iterator[str]:
     if (resolved.memory is MemoryMode.INTERNAL or resolved.standing) and (facts.version or (0,)) < (6,):
         what = "memory of a guest that stands needs" if resolved.standing else "internal memory snapshots need"
         yield f"{what} QEMU 6.0 (snapshot-save)"
+    if resolved.memory_disk is not None and resolved.memory_disk.encrypted:
+        yield "QEMU cannot write memory into an encrypted image (7.2 dies of it): put it into a file (--memory FILE)"
     if not request.disk_only:
         yield from (f"QEMU cannot save this machine: {blocker}" for blocker in facts.blockers)
 
@@ -122,13 +130,18 @@ def _against_disk(resolved: Resolved, plan: DiskPlan) -> Iterator[str]:
         where = "" if resolved.facts.active else "; give its QMP socket, or shut the domain down"
         yield f"{label} is in use by {facts.in_use}{where}"
     if facts.driver not in _FORMATS:
-        yield f"{label}: its top node is a '{facts.driver}', which cannot be snapshotted from here"
+        advice = _ADVICE.get(facts.driver, "")
+        yield f"{label}: its top node is a '{facts.driver}', no image that can be snapshotted{advice}"
     if not os.path.isabs(disk.path):
         yield f"{label} was opened by the relative name '{disk.path}', which would break the backing chain"
     if plan.mode is DiskMode.INTERNAL:
         yield from _against_internal(plan, label)
     elif facts.encrypted:
-        yield f"{label} is encrypted: an overlay would hold what the guest writes from now on in the clear"
+        yield (
+            f"{label} is encrypted: a plain overlay would hold what the guest writes from now on in the clear, and "
+            "every layer of an encrypted chain would need its key in each start command; take it inside its file "
+            f"(--disk {disk.target}:internal)"
+        )
 
 
 def _against_internal(plan: DiskPlan, label: str) -> Iterator[str]:
@@ -183,9 +196,8 @@ def _against_space(resolved: Resolved, host: Mapping[str, PathFacts]) -> Iterato
     for plan in resolved.disks:
         if plan.mode is not DiskMode.NO:
             need(plan.overlay or plan.facts.disk.path, _OVERLAY_SPACE)
-    internal = resolved.of(DiskMode.INTERNAL)
-    if resolved.memory is MemoryMode.INTERNAL and internal:
-        need(internal[0].facts.disk.path, memory)
+    if resolved.memory_disk is not None:
+        need(resolved.memory_disk.disk.path, memory)
     if resolved.memory_file is not None:
         need(resolved.memory_file, memory * (2 if resolved.standing else 1))  # first into an image, then copied
     for device, size in needed.items():

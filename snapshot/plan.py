@@ -73,6 +73,12 @@ class Resolved:
         return [plan for plan in self.disks if plan.mode is mode]
 
     @property
+    def memory_disk(self) -> DiskFacts | None:
+        """The disk whose file takes the memory, if it goes inside."""
+        inside = memory_first([plan.facts for plan in self.of(DiskMode.INTERNAL)])
+        return inside[0] if inside and self.memory is MemoryMode.INTERNAL else None
+
+    @property
     def standing(self) -> bool:
         """Whether the memory of a guest that stands goes into a file."""
         return self.memory is MemoryMode.EXTERNAL and self.facts.run_state != "running"
@@ -235,8 +241,14 @@ def add_node_command(node: str, path: str, **options: Any) -> dict[str, Any]:  #
     return qmp_command("blockdev-add", driver="qcow2", node_name=node, file=file, backing=None)
 
 
+def memory_first(disks: list[DiskFacts]) -> list[DiskFacts]:
+    """Disks with the one first that takes the memory: QEMU 7.2 dies when it writes memory into an encrypted image."""
+    return sorted(disks, key=lambda facts: facts.encrypted)
+
+
 def save_internal_step(name: str, disks: list[DiskFacts], token: str) -> Step:
     """Memory and disks into the qcow2 files, by QEMU's own job; all or nothing."""
+    disks = memory_first(disks)
     nodes = [facts.node for facts in disks]
     arguments = {"name": name, "nodes": nodes, "paths": [facts.disk.path for facts in disks], "job": f"ds-{token}-save"}
     command = qmp_command("snapshot-save", job_id=f"ds-{token}-save", tag=name, vmstate=nodes[0], devices=nodes)

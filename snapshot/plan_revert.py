@@ -20,7 +20,7 @@ from typing import Any
 from snapshot.against import against_state
 from snapshot.domain import DiskFacts, DomainFacts, same_file
 from snapshot.model import DiskMode, DiskSnapshot, DomainSnapshot, DomainState, MemoryMode, RevertOptions
-from snapshot.plan import add_node_step, save_internal_step
+from snapshot.plan import add_node_step, memory_first, save_internal_step
 from snapshot.restart import fill_command
 from snapshot.step import Step, qmp_command
 
@@ -227,7 +227,7 @@ def _against_restart(request: RevertRequest) -> Iterator[str]:
 
 
 def _load_steps(request: RevertRequest) -> Iterator[Step]:
-    facts = [request.facts.by_target()[disk.target] for disk in request.chosen]
+    facts = memory_first([request.facts.by_target()[disk.target] for disk in request.chosen])
     yield from _load_with_way_back(request, facts, [one.node for one in facts])
     yield _settle_step(request)
 

@@ -40,10 +40,8 @@ def draft(resolved: Resolved, parent: str | None) -> DomainSnapshot:
     else:
         state = DomainState.RUNNING if running else DomainState.PAUSED
         consistency = Consistency.CHECKPOINT
-    internal = resolved.of(DiskMode.INTERNAL)
-    file = resolved.memory_file
-    if resolved.memory is MemoryMode.INTERNAL:
-        file = internal[0].facts.disk.path
+    inside = resolved.memory_disk
+    file = resolved.memory_file if inside is None else inside.disk.path
     memory = MemorySnapshot(MemoryMode.NO)
     if resolved.memory is not MemoryMode.NO:
         memory = MemorySnapshot(

@@ -79,6 +79,7 @@ def test_a_guest_that_stands_is_never_taken_live() -> None:
         ("refcounts of 2 bits", SnapshotRequest("s"), {"disks": (disk(refcount_bits=2, snapshots=stored("a", "b")),)}),
         ("external data file", SnapshotRequest("s"), {"disks": (disk(data_file=True),)}),
         ("is encrypted", SnapshotRequest("s", default_mode=EXTERNAL), {"disks": (disk(encrypted=True),)}),
+        ("memory into an encrypted image", SnapshotRequest("s"), {"disks": (disk(encrypted=True),)}),
         ("by the relative name", SnapshotRequest("s"), {"disks": (disk(path="d.qcow2"),)}),
         ("top node is a 'throttle'", SnapshotRequest("s"), {"disks": (disk(driver="throttle"),)}),
         ("marked corrupt", SnapshotRequest("s"), {"disks": (disk(damaged="the image is marked corrupt"),)}),
