@@ -6,6 +6,7 @@ from typing import Any
 
 from qcowlib.cli.common import FORMAT, OBJECT, QUIET, CommandFailed, size_argument, stock_text
 from qcowlib.cli.creation_options import (
+    FORMAT_OPTIONS,
     formatting_line,
     library_options,
     parse_creation_options,
@@ -68,7 +69,7 @@ def _create(
 ) -> None:
     from qcowlib.image.creation import create_image
 
-    require_creatable(image_format)
+    require_creatable(image_format, FORMAT_OPTIONS)
     path = _local_path(filename)
     values = parse_creation_options(image_format, option_text)
     if size is not None:

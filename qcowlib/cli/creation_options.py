@@ -7,6 +7,7 @@ texts -> parse_creation_options -> {name: text} -> formatting_line (what create 
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from typing import NamedTuple
 
 from qcowlib.cli.common import CommandFailed
@@ -30,12 +31,25 @@ class CreationOption(NamedTuple):
 _SIZE = CreationOption("size", "size", "Virtual disk size")
 _NOCOW = CreationOption("nocow", "bool", "Turn off copy-on-write (valid only on btrfs)")
 _EXTENT_SIZE_HINT = CreationOption("extent_size_hint", "size", "Extent size hint for the image file, 0 to disable")
+_CIPHER_OPTIONS = (
+    CreationOption("cipher-alg", "str", "Name of encryption cipher algorithm"),
+    CreationOption("cipher-mode", "str", "Name of encryption cipher mode"),
+    CreationOption("ivgen-alg", "str", "Name of IV generator algorithm"),
+    CreationOption("ivgen-hash-alg", "str", "Name of IV generator hash algorithm"),
+    CreationOption("hash-alg", "str", "Name of encryption hash algorithm"),
+    CreationOption("iter-time", "num", "Time to spend in PBKDF in milliseconds"),
+)
 _RAW_PREALLOCATION = CreationOption("preallocation", "str", "Preallocation mode (allowed values: off, falloc, full)")
 
 # In the order in which create prints them; the second half of each belongs to the host file, not to the format.
 FORMAT_OPTIONS: dict[str, tuple[CreationOption, ...]] = {
     "raw": (_SIZE,),
     "file": (_SIZE, _NOCOW, _RAW_PREALLOCATION, _EXTENT_SIZE_HINT),
+    "luks": (
+        _SIZE,
+        CreationOption("key-secret", "str", "ID of the secret that provides the keyslot passphrase"),
+        *_CIPHER_OPTIONS,
+    ),
     "qcow2": (
         CreationOption(
             "encryption",
@@ -44,12 +58,7 @@ FORMAT_OPTIONS: dict[str, tuple[CreationOption, ...]] = {
         ),
         CreationOption("encrypt.format", "str", "Encrypt the image, format choices: 'aes', 'luks'"),
         CreationOption("encrypt.key-secret", "str", "ID of secret providing qcow AES key or LUKS passphrase"),
-        CreationOption("encrypt.cipher-alg", "str", "Name of encryption cipher algorithm"),
-        CreationOption("encrypt.cipher-mode", "str", "Name of encryption cipher mode"),
-        CreationOption("encrypt.ivgen-alg", "str", "Name of IV generator algorithm"),
-        CreationOption("encrypt.ivgen-hash-alg", "str", "Name of IV generator hash algorithm"),
-        CreationOption("encrypt.hash-alg", "str", "Name of encryption hash algorithm"),
-        CreationOption("encrypt.iter-time", "num", "Time to spend in PBKDF in milliseconds"),
+        *(option._replace(name=f"encrypt.{option.name}") for option in _CIPHER_OPTIONS),
         CreationOption("cluster_size", "size", "qcow2 cluster size", "65536"),
         CreationOption("extended_l2", "bool", "Extended L2 tables", "off"),
         CreationOption("preallocation", "str", "Preallocation mode (allowed values: off, metadata, falloc, full)"),
@@ -67,22 +76,29 @@ FORMAT_OPTIONS: dict[str, tuple[CreationOption, ...]] = {
 FILE_OPTIONS = {
     "raw": (_NOCOW, _RAW_PREALLOCATION, _EXTENT_SIZE_HINT),
     "file": (),
+    "luks": (_NOCOW, _RAW_PREALLOCATION, _EXTENT_SIZE_HINT),
     "qcow2": (_NOCOW, _EXTENT_SIZE_HINT),
 }
 
+# A LUKS volume has the options of encryption under shorter names.
+_LUKS_NAMES = frozenset(("key-secret", *(option.name for option in _CIPHER_OPTIONS)))
 _TRUE, _FALSE = ("on", "yes", "true", "y"), ("off", "no", "false", "n")
-_NUMBER = re.compile(r"\s*\+?(0x[0-9a-f]+|[0-9]+)", re.ASCII | re.IGNORECASE)
+_NUMBER = re.compile(r"\s*([-+]?)(0x[0-9a-f]+|[0-9]+)", re.ASCII | re.IGNORECASE)
 
 
-def require_creatable(image_format: str) -> None:
+def require_creatable(image_format: str, formats: Collection[str] = ("raw", "qcow2")) -> None:
     """Refuse a format that no image can be made in.
+
+    Args:
+        image_format: its name.
+        formats: what the command can make: by default, images to copy data into.
 
     Raises:
         OptionError: unknown, or known and not creatable here.
     """
     if image_format not in KNOWN_FORMATS:
         raise OptionError(f"Unknown file format '{image_format}'")
-    if image_format not in FORMAT_OPTIONS:
+    if image_format not in formats:
         raise OptionError(f"Format driver '{image_format}' does not support image creation")
 
 
@@ -93,7 +109,7 @@ def print_option_help(image_format: str, filename: str | None) -> None:
         CommandFailed: the format has no such options.
     """
     try:
-        require_creatable(image_format)
+        require_creatable(image_format, FORMAT_OPTIONS)
     except OptionError as error:
         raise CommandFailed(str(error)) from None
     options = FORMAT_OPTIONS[image_format]
@@ -146,7 +162,8 @@ def library_options(values: dict[str, str], secrets: dict[str, bytes]) -> dict[s
         OptionError: the secret is not there, or an option has no effect here.
     """
     options: dict[str, object] = {}
-    for name, value in values.items():
+    for option, value in values.items():
+        name = f"encrypt.{option}" if option in _LUKS_NAMES else option
         if name in {"size", "backing_file", "backing_fmt", "encryption", "encrypt.key-secret"}:
             continue
         if name == "extent_size_hint":
@@ -164,7 +181,7 @@ def library_options(values: dict[str, str], secrets: dict[str, bytes]) -> dict[s
         if "encrypt_format" in options:
             raise OptionError("'encrypt.format' and its alias 'encryption' can't be used at the same time")
         options["encrypt_format"] = "aes"
-    key_secret = values.get("encrypt.key-secret")
+    key_secret = values.get("encrypt.key-secret", values.get("key-secret"))
     if key_secret is not None:
         if key_secret not in secrets:
             raise OptionError(f"No secret with id '{key_secret}'")
@@ -193,7 +210,7 @@ def _checked(option: CreationOption, value: str) -> str:
 
 def _number(name: str, value: str) -> int:
     match = _NUMBER.fullmatch(value)
-    digits = match[1].lower() if match else ""
+    digits = match[2].lower() if match else ""
     octal = len(digits) > 1 and digits.startswith("0") and not digits.startswith("0x")
     try:
         number = int(digits, 16 if digits.startswith("0x") else 8 if octal else 10)
@@ -201,7 +218,8 @@ def _number(name: str, value: str) -> int:
         raise OptionError(f"Parameter '{name}' expects a number") from None
     if number >= 1 << 64:
         raise OptionError(f"Value '{value}' is too large for parameter '{name}'")
-    return number
+    # As C does it, a minus sign counts modulo 2^64, and 2^63 and more is shown as negative.
+    return _signed(-number % (1 << 64) if match and match[1] == "-" else number)
 
 
 def _size(name: str, value: str) -> int:

@@ -56,7 +56,7 @@ def create_image(
     Args:
         path: name of the file, or of a block device.
         size: size of the disk in bytes, rounded up to whole sectors; None takes that of the backing file.
-        format: "qcow2" or "raw".
+        format: "qcow2", "raw", or "luks" for a LUKS volume (with `encrypt_passphrase`), which is not opened here.
         backing_file: name of the backing file as it shall stand in the header; a relative one starts at the directory
             of `path`.
         backing_fmt: its format; to be given with `backing_file`.
@@ -76,6 +76,10 @@ def create_image(
         _create_raw(name, size, backing_file, options)
     elif format == "qcow2":
         _create_qcow2(name, size, backing_file, backing_fmt, options, check_backing, policy)
+    elif format == "luks":
+        from qcowlib.image.create_luks import create_luks_volume
+
+        create_luks_volume(name, size, options)
     else:
         raise OptionError(f"Unknown file format '{format}'")
 

@@ -141,7 +141,7 @@ def qcow2_options(options: CreationOptions, backing_file: str | None, backing_fm
     _one_of("preallocation", preallocation, dict.fromkeys(PREALLOCATION_MODES, True))
     if backing_fmt is not None:
         _one_of("backing-fmt", backing_fmt, dict.fromkeys(KNOWN_FORMATS, True))
-    encryption = _encryption(options)
+    encryption = encryption_of(options)
     extended_l2 = options.get("extended_l2", False)
     if extended_l2 and version < 3:
         raise _needs_version_3("Extended L2 entries are")
@@ -242,7 +242,12 @@ def _data_file(options: CreationOptions, version: int, backing_file: str | None)
     return data_file, raw
 
 
-def _encryption(options: CreationOptions) -> Encryption | None:
+def encryption_of(options: CreationOptions) -> Encryption | None:
+    """The options that begin with "encrypt_"; None where none is given.
+
+    Raises:
+        OptionError: one of them is missing or invalid.
+    """
     encrypt_format = options.get("encrypt_format")
     if encrypt_format is None:
         if any(name.startswith("encrypt_") and value is not None for name, value in options.items()):
