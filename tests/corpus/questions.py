@@ -372,16 +372,20 @@ def _ask_bitmap(program: Program, image: Image, bitmap: dict[str, Any]) -> Verdi
     try:
         ours = program.dirty(target(image), bitmap["name"])
     except Refused as refusal:
-        if "nbd" in bitmap:
-            assert bitmap["nbd"]["stderr"][0].partition(": ")[2] in str(refusal)
-            return Verdict.SAME
-        assert image["id"] in DAMAGED_BITMAPS, f"refused, but the bitmap is sound: {refusal}"
-        return Verdict.STRICTER
+        return _judge_refused_bitmap(image, bitmap, str(refusal))
     if ours is None:
         return Verdict.NOT_ASKED
     assert "nbd" not in bitmap, "read, although it must be refused"
     assert ours == bitmap["dirty"], _first_difference(ours, bitmap["dirty"])
     return Verdict.SAME
+
+
+def _judge_refused_bitmap(image: Image, bitmap: dict[str, Any], refusal: str) -> Verdict:
+    if "nbd" in bitmap:
+        assert bitmap["nbd"]["stderr"][0].partition(": ")[2] in refusal
+        return Verdict.SAME
+    assert image["id"] in DAMAGED_BITMAPS, f"refused, but the bitmap is sound: {refusal}"
+    return Verdict.STRICTER
 
 
 def _assert_same(ours: dict[str, Any], stock: dict[str, Any]) -> None:

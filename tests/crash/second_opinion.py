@@ -3,9 +3,9 @@
     bytes of an image -> SecondOpinion: references to every host cluster, stored refcounts, COPIED flags,
                                         content of the active layer and of each snapshot
 
-Slow and plain on purpose. It knows versions 2 and 3, all refcount widths, compressed and zero clusters, subclusters and
-a backing file given as bytes; no bitmaps, encryption or external data files. It trusts nothing: a structure beyond the
-end of the file raises.
+Slow and plain on purpose. It knows versions 2 and 3, all refcount widths, compressed and zero clusters, subclusters,
+bitmaps and a backing file given as bytes; no encryption or external data files. It trusts nothing: a structure beyond
+the end of the file raises.
 
 Source: QEMU's docs/interop/qcow2.txt.
 """
@@ -15,6 +15,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 COPIED = 1 << 63
 COMPRESSED = 1 << 62
@@ -33,6 +34,14 @@ class Saved:
     vm_state_size: int
 
 
+class Marked(NamedTuple):
+    """One bitmap: its flags (1: in use, 2: records writes), log2 of its granularity, the numbers of its set bits."""
+
+    flags: int
+    granularity_bits: int
+    bits: frozenset[int]
+
+
 class SecondOpinion:
     """What the bytes of an image say.
 
@@ -49,6 +58,7 @@ class SecondOpinion:
         leaks: clusters whose refcount is too high.
         wrong_copied: entries of the active layer whose COPIED flag is not what the refcount says.
         snapshots: the snapshot table.
+        bitmaps: the bitmaps by name; None where the image says that they are not to be trusted.
         dirty: whether the image says that its refcounts may be wrong.
     """
 
@@ -61,7 +71,9 @@ class SecondOpinion:
         self._copied_clusters: set[int] = set()
         self._flags: list[tuple[int, bool]] = []
         self._l2_tables: dict[int, list[tuple[int, int, int]]] = {}
+        self.bitmaps: dict[str, Marked] | None = None
         self._count()
+        self._read_bitmaps()
         self.refcounts = self._stored_refcounts()
         everything = set(self.references) | set(self.refcounts)
         stored, counted = self.refcounts, self.references
@@ -144,6 +156,52 @@ class SecondOpinion:
         for saved in self.snapshots:
             self._refer(saved.l1_offset, saved.l1_size * 8)
             self._count_tree(self._table(saved.l1_offset, saved.l1_size), False)
+
+    def _read_bitmaps(self) -> None:
+        """The bitmap directory, the tables and the bits."""
+        if self.version < 3:
+            return
+        autoclear, header_length = struct.unpack_from(">Q4xI", self.data, 88)
+        end = struct.unpack_from(">Q", self.data, 8)[0] or self.cluster_size
+        position, pointer = header_length, None
+        while position < end:
+            magic, length = struct.unpack_from(">II", self.data, position)
+            if not magic:
+                break
+            if magic == 0x23852875:
+                pointer = struct.unpack_from(">I4xQQ", self.data, position + 8)
+            position += 8 + length + -length % 8
+        if pointer is None or not autoclear & 1:
+            return
+        count, size, position = pointer
+        self._refer(position, size)
+        self.bitmaps, end = {}, position + size
+        while position < end:
+            table, entries, flags, kind, bits, name_length, extra = struct.unpack_from(">QIIBBHI", self.data, position)
+            assert (kind, extra, flags & ~3) == (1, 0, 0), "an entry of the bitmap directory is not valid"
+            name = self._bytes(position + 24, name_length).decode()
+            self._refer(table, entries * 8)
+            self.bitmaps[name] = Marked(flags, bits, frozenset(self._set_bits(table, entries, bits, flags & 1)))
+            position += 24 + name_length + -name_length % 8
+        assert (position, len(self.bitmaps)) == (end, count), "the bitmap directory is not what the header says"
+
+    def _set_bits(self, table: int, entries: int, granularity_bits: int, in_use: int) -> Iterator[int]:
+        per_cluster, number = self.cluster_size * 8, -(-self.size >> granularity_bits)
+        assert in_use or entries == -(-(-(-number // 64) * 8) // self.cluster_size), "a bitmap table has another length"
+        for index, entry in enumerate(self._table(table, entries)):
+            first = index * per_cluster
+            if entry & OFFSET:
+                assert entry & ~OFFSET == 0
+                self._refer(entry & OFFSET, self.cluster_size)
+                data = self._bytes(entry & OFFSET, self.cluster_size)
+                used = (place for place, byte in enumerate(data) if byte)
+                found = (first + 8 * place + bit for place in used for bit in range(8) if data[place] >> bit & 1)
+            else:
+                assert entry in (0, 1)
+                found = iter(range(first, first + per_cluster) if entry else ())
+            for bit in found:
+                assert in_use or bit < number, f"bit {bit} of {number} is set"
+                yield bit
 
     def _refer(self, offset: int, length: int) -> None:
         if length:
