@@ -38,10 +38,10 @@ def create_luks_volume(path: str, size: int | None, options: CreationOptions) ->
         raise EncryptionError("Parameter 'key-secret' is required for cipher")
     preallocation = options.get("preallocation", "off")
     if preallocation not in PREALLOCATION_MODES:
-        raise OptionError(f"Parameter 'preallocation' does not accept value '{preallocation}'")
+        raise OptionError(f"invalid parameter value: {preallocation}")
     encryption = encryption_of({**options, "encrypt_format": "luks"})
     assert encryption is not None
-    size = checked_size(size)
+    checked_size(size)  # for its limits: as in QEMU the volume is not rounded up to whole sectors
     area, _ = create_luks(encryption.passphrase, **encryption.luks)
     reserved = preallocation in ("falloc", "full")
     space = len(area) + (size if reserved else 0)
