@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from qcowlib.operations.difference import ChangeKind, ChangeTable, changed_extents, difference
     from qcowlib.operations.digest import StateDigest, digest_states
     from qcowlib.operations.map import MapRow, map_image
+    from qcowlib.operations.measure import Measurement, measure
     from qcowlib.operations.rebase import rebase
     from qcowlib.operations.resize import resize
     from qcowlib.operations.snapshots import apply_snapshot, attach_vmstate, create_snapshot, delete_snapshot
@@ -98,6 +99,7 @@ __all__ = [
     "ImageStateError",
     "LocalFiles",
     "MapRow",
+    "Measurement",
     "MissingDependency",
     "NoSuchBitmap",
     "NoSuchSnapshot",
@@ -180,6 +182,7 @@ _MODULES = {
     "qcowlib.operations.difference": ("ChangeKind", "ChangeTable", "changed_extents", "difference"),
     "qcowlib.operations.digest": ("StateDigest", "digest_states"),
     "qcowlib.operations.map": ("MapRow", "map_image"),
+    "qcowlib.operations.measure": ("Measurement", "measure"),
     "qcowlib.operations.rebase": ("rebase",),
     "qcowlib.operations.resize": ("resize",),
     "qcowlib.operations.snapshots": ("apply_snapshot", "attach_vmstate", "create_snapshot", "delete_snapshot"),

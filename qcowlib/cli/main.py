@@ -32,6 +32,7 @@ COMMANDS = {
     "info": "show what an image is, and its backing chain",
     "map": "show where the data of an image is",
     "rebase": "give an image another backing file, or none",
+    "measure": "tell how large an image file becomes",
     "resize": "change the size of a disk",
     "space": "show where the bytes of an image file are, and what deleting a snapshot would free",
     "snapshot": "create, list, apply and delete the snapshots inside an image",

@@ -22,7 +22,7 @@ SECTOR_SIZE = 512
 PREALLOCATION_MODES = ("off", "metadata", "falloc", "full")
 # The longest disk that QEMU's block layer admits.
 _MAX_LENGTH = INT64_MAX & ~((1 << 30) - 1)
-_VERSIONS = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
+VERSIONS = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
 _COMPRESSION_TYPES = {"zlib": COMPRESSION_ZLIB, "zstd": COMPRESSION_ZSTD}
 _ENCRYPTION_FORMATS = ("luks", "aes", "qcow")
 
@@ -135,7 +135,7 @@ def qcow2_options(options: CreationOptions, backing_file: str | None, backing_fm
     refuse_unknown(options, frozenset(CreationOptions.__annotations__))
     if backing_file == "":
         raise OptionError("Expected backing file name, got empty string")
-    version = _one_of("version", options.get("compat", "1.1"), _VERSIONS)
+    version = _one_of("version", options.get("compat", "1.1"), VERSIONS)
     compression_type = _one_of("compression-type", options.get("compression_type", "zlib"), _COMPRESSION_TYPES)
     preallocation = options.get("preallocation", "off")
     _one_of("preallocation", preallocation, dict.fromkeys(PREALLOCATION_MODES, True))
@@ -145,7 +145,7 @@ def qcow2_options(options: CreationOptions, backing_file: str | None, backing_fm
     extended_l2 = options.get("extended_l2", False)
     if extended_l2 and version < 3:
         raise _needs_version_3("Extended L2 entries are")
-    cluster_bits = _cluster_bits(options.get("cluster_size", 1 << DEFAULT_CLUSTER_BITS), extended_l2)
+    cluster_bits = cluster_bits_of(options.get("cluster_size", 1 << DEFAULT_CLUSTER_BITS), extended_l2)
     if backing_file is not None and preallocation != "off" and not extended_l2:
         raise OptionError("Backing file and preallocation can only be used at the same time if extended_l2 is on")
     if backing_fmt is not None and backing_file is None:
@@ -206,7 +206,12 @@ def _needs_version_3(what: str) -> OptionError:
     return OptionError(f"{what} only supported with compatibility level 1.1 and above (use version=v3 or greater)")
 
 
-def _cluster_bits(cluster_size: int, extended_l2: bool) -> int:
+def cluster_bits_of(cluster_size: int, extended_l2: bool) -> int:
+    """log2 of a cluster size.
+
+    Raises:
+        OptionError: it is not one that the format, or QEMU with extended L2 entries, admits.
+    """
     bits = cluster_size.bit_length() - 1
     if cluster_size != 1 << max(bits, 0) or not MIN_CLUSTER_BITS <= bits <= MAX_CLUSTER_BITS:
         smallest, largest = 1 << MIN_CLUSTER_BITS, 1 << (MAX_CLUSTER_BITS - 10)
