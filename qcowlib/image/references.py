@@ -49,6 +49,11 @@ _TUNING_OPTIONS = frozenset(
         "pr-manager", "read-only", "refcount-cache-size", "x-check-cache-dropped",
     }
 )  # fmt: skip
+# Options of blkdebug that only shape requests.
+_FAULTLESS_OPTIONS = frozenset(
+    ("driver", "image", "config", "set-state", "node-name", "align", "max-transfer", "opt-write-zero", "max-write-zero",
+     "opt-discard", "max-discard")
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -234,7 +239,7 @@ def _child(options: dict[str, Any], role: str, name: str, depth: int) -> Referen
 
 def _without_faults(options: dict[str, Any], name: str, depth: int) -> Reference:
     """The file below blkdebug, as a slice that is all of it: no more than what it reads and writes shows through."""
-    if set(options) - {"driver", "image", "set-state", "node-name"} or options.get("config"):
+    if set(options) - _FAULTLESS_OPTIONS or options.get("config"):
         raise ChainError(f"the JSON options of '{name}' ask for faults, which are not available")
     inner = _child(options, "image", name, depth)
     return replace(inner, windows=(*inner.windows, Window(0, None)))
