@@ -138,6 +138,22 @@ def open_image_name_for_check(name: ImageName, *, force_share: bool) -> Qcow2Ima
     return image
 
 
+def open_image_name_for_repair(
+    name: ImageName, mode: str, *, dry_run: bool, force_share: bool
+) -> Qcow2Image | RawImage:
+    """Open an image to be repaired, for reading only where the repair is but planned; see `open_image_name`."""
+    from qcowlib.image.opening import open_for_repair
+
+    if force_share and not dry_run:
+        raise CommandFailed(f"Could not open '{name.text}': force-share=on can only be used with read-only images")
+    try:
+        image = open_for_repair(name.reference, mode, dry_run=dry_run, force_share=force_share)
+    except QcowError as error:
+        raise not_opened(name, error) from error
+    _warn_of_stale_bitmaps(image)
+    return image
+
+
 def open_image_name_for_writing(name: ImageName, *, open_backing: bool) -> WritableQcow2Image | WritableRawImage:
     """Open an image for reading and writing; see `open_image_name`."""
     from qcowlib.image.opening import open_image

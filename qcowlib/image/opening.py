@@ -32,6 +32,7 @@ from qcowlib.image.qcow2 import Qcow2Image
 from qcowlib.image.raw import RawImage, StorageWindow, WritableRawImage
 from qcowlib.image.references import Reference, backing_reference, data_file_path
 from qcowlib.image.window import WritableStorageWindow
+from qcowlib.metadata.header_rescue import rescue_header
 from qcowlib.metadata.state import Qcow2State, load_state
 from qcowlib.storage.buffer import BytesStorage
 from qcowlib.storage.local import LocalFile, from_descriptor, open_local
@@ -56,6 +57,8 @@ class _Request:
 
     Attributes:
         for_check: take what only a check can make something of.
+        for_repair: "all" takes also a header that only a repair can make something of.
+        writes_file: open the top file for writing, though the image itself is not.
         ancestors: identity of each file above in the chain.
     """
 
@@ -66,6 +69,8 @@ class _Request:
     open_backing: bool
     data_file: ReadStorage | None
     for_check: bool = False
+    for_repair: str | None = None
+    writes_file: bool = False
     ancestors: tuple[object, ...] = ()
 
 
@@ -186,6 +191,32 @@ def open_for_check(
     return _open_source(source, format, request)
 
 
+def open_for_repair(
+    source: ImageSource, mode: str, *, format: str | None = None, dry_run: bool = False, force_share: bool = False
+) -> Qcow2Image | RawImage:
+    """Open the top file alone, to be repaired: its storage is writable, and other processes are kept out.
+
+    Args:
+        source, format, force_share: as for `open_image`.
+        mode: "leaks" or "all"; with "all" a header is taken whose refcount table or bitmaps cannot be used.
+        dry_run: the repair will only be planned: open for reading.
+
+    Raises: as `open_image`.
+    """
+    request = _Request(
+        writable=False,
+        policy=DenyReferences(),
+        force_share=force_share,
+        passphrase=None,
+        open_backing=False,
+        data_file=None,
+        for_check=True,
+        for_repair=mode,
+        writes_file=not dry_run,
+    )
+    return _open_source(source, format, request)
+
+
 def _open_source(source: ImageSource, image_format: str | None, request: _Request) -> Qcow2Image | RawImage:
     if isinstance(source, Reference):
         return _open_reference(source if image_format is None else replace(source, format=image_format), request)
@@ -194,11 +225,15 @@ def _open_source(source: ImageSource, image_format: str | None, request: _Reques
 
 def _source_storage(source: ImageSource, request: _Request) -> ReadStorage:
     if isinstance(source, bytes | bytearray | memoryview):
-        return BytesStorage(source, writable=request.writable)
+        return BytesStorage(source, writable=request.writable or request.writes_file)
     if isinstance(source, int):
-        return from_descriptor(source, writable=request.writable, force_share=request.force_share)
+        return from_descriptor(
+            source, writable=request.writable or request.writes_file, force_share=request.force_share
+        )
     if isinstance(source, str | os.PathLike):
-        return open_local(os.fspath(source), writable=request.writable, force_share=request.force_share)
+        return open_local(
+            os.fspath(source), writable=request.writable or request.writes_file, force_share=request.force_share
+        )
     if isinstance(source, ReadStorage):
         return source
     raise OptionError(f"an image cannot be opened from {type(source).__name__}")
@@ -220,7 +255,9 @@ def _reference_storage(reference: Reference, request: _Request) -> ReadStorage:
     if reference.zeroes is not None:
         storage: ReadStorage = NullStorage(reference.zeroes, reference.path)
     else:
-        storage = open_local(reference.path, writable=request.writable, force_share=request.force_share)
+        storage = open_local(
+            reference.path, writable=request.writable or request.writes_file, force_share=request.force_share
+        )
     with ExitStack() as undo:
         undo.callback(storage.close)
         for window in reference.windows:
@@ -283,7 +320,10 @@ def _writable_storage(storage: ReadStorage) -> Storage:
 
 
 def _qcow2_image(storage: ReadStorage, request: _Request, reference: Reference, undo: ExitStack) -> Qcow2Image:
-    state = load_state(storage, for_check=request.for_check)
+    if request.for_repair == "all":
+        state = Qcow2State(storage, rescue_header(storage))
+    else:
+        state = load_state(storage, for_check=request.for_check)
     header = state.header
     if request.writable and header.corrupt:
         raise ImageStateError("qcow2: Image is corrupt; cannot be opened read/write")

@@ -24,6 +24,7 @@ from qcowlib.format.bitmap_directory import (
     invalid_bitmap_table_entries,
     parse_bitmap_directory,
 )
+from qcowlib.format.constants import MAX_SNAPSHOTS
 from qcowlib.format.entries import ENTRY_DTYPE, Int64Array, offsets
 from qcowlib.format.snapshot_table import SnapshotEntry, build_snapshot_table, parse_snapshot_table
 from qcowlib.metadata.l2_scan import beyond_text
@@ -155,7 +156,13 @@ class _Count:
                 lambda offset, length: self.storage.pread(length, offset), self.header, pad=True
             )
         except FormatError as error:
-            text = f"ERROR failed to read the snapshot table: {error}"
+            count = self.header.nb_snapshots
+            text = f"ERROR failed to read the snapshot table: {error.stock}"
+            if count > MAX_SNAPSHOTS:
+                text = (
+                    f"ERROR snapshot table too large\nYou can force-remove all {count - MAX_SNAPSHOTS} overhanging "
+                    "snapshots with {program} check -r all"
+                )
             reason = "File too large" if "limit" in error.rule else "Invalid argument"
             raise self.ledger.stop("snapshot-table-unreadable", text, reason) from None
         if self.header.version >= 3:

@@ -110,27 +110,22 @@ class OverlayStorage:
     def close(self) -> None:
         """Nothing to release: the file belongs to the caller."""
 
-    def replay(self, target: Storage, epochs: slice) -> None:
+    @property
+    def has_staged(self) -> bool:
+        """Whether something waits for `link`."""
+        return bool(self._staged)
+
+    def replay(self, target: Storage) -> None:
         """Do listed writes on the real file, a barrier behind each epoch.
 
         Raises:
             StorageError: the host failed; what was written before stays.
         """
-        for epoch in self.epochs[epochs]:
+        for epoch in self.epochs:
             for offset, data in epoch:
                 target.pwrite(data, offset)
             if epoch:
                 target.flush()
-
-    def ranges(self) -> list[tuple[int, int]]:
-        """(host offset, length) of all that is written, ascending, without overlaps."""
-        merged: list[tuple[int, int]] = []
-        for start, stop in sorted((offset, offset + len(data)) for epoch in self.epochs for offset, data in epoch):
-            if merged and start <= merged[-1][1]:
-                merged[-1] = (merged[-1][0], max(stop, merged[-1][1]))
-            else:
-                merged.append((start, stop))
-        return [(start, stop - start) for start, stop in merged]
 
     def _apply(self, data: bytes, offset: int) -> None:
         end = offset + len(data)

@@ -1,0 +1,390 @@
+"""Repair: a plan made of a check's findings, proved before anything is written, and carried out with barriers.
+
+    check --> findings --> mapping: drop, mend, copy away }  on an overlay
+                       --> refcounts: raise | make anew   }  over the file
+                       --> second check of the overlay: not clean means that nothing is done
+    carry out: undo file --> the listed writes, a barrier between two epochs --> second check of the file
+                         --> dirty and corrupt bits, if that is clean
+
+Order of the writes (see design, D4):
+
+    DROP     entries that refer to nothing that can be; reserved bits                  nothing new is referred to
+    FILL     copies in new clusters, refcounts raised or a new refcount structure, COPIED bits cleared
+    GROW     refcount table entries, or the header with the new refcount table (and snapshot table)
+    LINK     entries that refer to the copies, the header
+    RELEASE  refcounts lowered, COPIED bits set; what is freed keeps its bytes
+    DONE     dirty and corrupt bits
+
+While the mapping is damaged nothing is freed: in the mode "leaks" such an image is left as it is. Texts are those of
+`qemu-img check -r` 7.2, where it repairs the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from qcowlib.errors import ImageStateError, OptionError, UnsupportedFeature
+from qcowlib.findings import CheckReport, Finding, Severity
+from qcowlib.format.features import KNOWN_AUTOCLEAR, Incompatible
+from qcowlib.format.header import Header
+from qcowlib.image.interface import BlockImage
+from qcowlib.metadata.census import Census, census
+from qcowlib.metadata.comparison import Comparison
+from qcowlib.metadata.copied_flags import Ones
+from qcowlib.metadata.free_clusters import FreeClusters
+from qcowlib.metadata.heal import Healing
+from qcowlib.metadata.mapping_repair import LostRange, MappingRepair, NotRepairable
+from qcowlib.metadata.snapshot_rescue import RescuedSnapshots, rescue_snapshots
+from qcowlib.metadata.state import Qcow2State, load_state
+from qcowlib.operations.check import check_census, check_state, copied_flag_findings
+from qcowlib.operations.repair_undo import write_undo_file
+from qcowlib.storage.overlay import OverlayStorage
+from qcowlib.storage.protocol import Storage
+
+_SECTOR = 512
+_CANNOT_REBUILD = "Input/output error"  # what qemu-img says where -r leaks would have to make refcounts anew
+
+
+@dataclass
+class RepairPlan:
+    """What a repair would do; nothing has been written yet.
+
+    Attributes:
+        report: the findings of the first check.
+        lines: what to tell, in order: findings as they are, or "Repairing ..." where they will be repaired.
+        actions: what is done beyond that, in words.
+        lost: guest ranges that are dropped, at most 100,000; `more_lost` counts the others.
+        lost_snapshots: snapshots that are dropped.
+        leaks_fixed, corruptions_fixed: counters as of `qemu-img check --output=json`.
+        failure: why the check could not be completed ("Invalid argument"), None when it could.
+        refusal: why nothing is repaired, None when something is or nothing is wrong.
+        keeps_bytes: bytes are replaced that cannot be computed again: an undo file is needed.
+    """
+
+    report: CheckReport
+    lines: list[str] = field(default_factory=list)
+    actions: list[str] = field(default_factory=list)
+    lost: list[LostRange] = field(default_factory=list)
+    more_lost: int = 0
+    lost_snapshots: list[str] = field(default_factory=list)
+    leaks_fixed: int = 0
+    corruptions_fixed: int = 0
+    failure: str | None = None
+    refusal: str | None = None
+    keeps_bytes: bool = False
+    _overlay: OverlayStorage | None = field(default=None, repr=False)
+    _bits: bytes | None = field(default=None, repr=False)
+
+    @property
+    def repairs(self) -> bool:
+        """Whether anything that the check found will be repaired."""
+        return bool(self.leaks_fixed or self.corruptions_fixed)
+
+
+def plan_repair(image: BlockImage, mode: str) -> RepairPlan:
+    """Plan the repair of an opened qcow2 image; nothing is written.
+
+    Args:
+        image: opened with `open_for_repair`, or for reading.
+        mode: "leaks": only give leaked clusters back; "all".
+
+    Raises:
+        OptionError: another mode.
+        UnsupportedFeature: the image has no metadata to check: it is raw.
+        StorageError: the host file cannot be read.
+    """
+    if mode not in ("leaks", "all"):
+        raise OptionError(f"a repair mode is 'leaks' or 'all', not '{mode}'")
+    state = getattr(image, "state", None)
+    if not isinstance(state, Qcow2State):
+        raise UnsupportedFeature("image", None, "its format does not support checks")
+    return _Planning(state).leaks() if mode == "leaks" else _Planning(state).everything()
+
+
+def carry_out(plan: RepairPlan, storage: Storage, undo_path: str | None) -> CheckReport:
+    """Do what a plan says, and check again.
+
+    Args:
+        plan: of the same image, which nobody has changed since.
+        storage: the qcow2 file, writable.
+        undo_path: where to keep what is replaced; it must not exist. None keeps nothing.
+
+    Returns: the findings of the second check.
+
+    Raises:
+        StorageError: a file could not be written. What was written so far does no harm: another repair finishes it.
+    """
+    overlay = plan._overlay
+    if overlay is None:
+        return plan.report
+    if plan.keeps_bytes and undo_path is not None:
+        write_undo_file(undo_path, storage, overlay, plan._bits)
+    overlay.replay(storage)
+    report = check_state(load_state(storage, for_check=True))
+    if plan._bits is not None and report.stopped is None and not report.findings:
+        storage.pwrite(plan._bits, 0)
+        storage.flush()
+    return report
+
+
+class _Planning:
+    def __init__(self, state: Qcow2State) -> None:
+        self.base = state.storage
+        self.header = state.header
+        self.data_storage = state.data_storage
+        self.overlay = OverlayStorage(state.storage)
+        built = self.header.build()[:_SECTOR]
+        self.header_damaged = built != state.storage.pread(len(built), 0)
+
+    # -- the two modes
+
+    def leaks(self) -> RepairPlan:
+        """Give leaked clusters back, if every cluster that is referred to is known."""
+        state = self._state(self.header)
+        found = census(state)
+        report = check_census(state, found)
+        plan = RepairPlan(report, [finding.text for finding in _told(report)], failure=report.stopped)
+        if found.stopped is not None:
+            return plan
+        zeroes, low = self._too_low(found)
+        if found.refcounts_damaged or zeroes:
+            plan.lines = [finding.text for finding in _told(report) if not finding.code.startswith("copied-flag-l")]
+            plan.lines.append("ERROR need to rebuild refcount structures")
+            plan.failure = _CANNOT_REBUILD
+            return plan
+        if found.mapping_damaged:
+            if report.leaks:
+                plan.refusal = "the mapping is damaged, so that nothing may be given back"
+            return plan
+        lines = _refcount_lines(report)
+        if lines:
+            plan.lines = [*lines, *(_repairing(line, leaks_only=True) for line in lines)]
+            plan.leaks_fixed = report.leaks
+        copied = self._copied(found)
+        plan.lines += [finding.text if low else _repairing(finding.text) for finding in copied]
+        plan.corruptions_fixed = 0 if low else _count(copied)
+        Healing(self.header, self.overlay, found, leaks_only=bool(low)).run()
+        if not low:
+            self._finish(plan, self.header)
+        plan._overlay = self.overlay
+        return plan
+
+    def everything(self) -> RepairPlan:
+        """Repair all that can be repaired without guessing; all of it, or nothing."""
+        file_end = (self.base.size() + 511) & -512
+        rescued = rescue_snapshots(self.base, self.header, file_end)
+        state = self._state(self.header)
+        if rescued is None:
+            report = check_state(state)
+            return self._refused(report, "the snapshot table is not where the header says")
+        found = census(state, rescued)
+        report = check_census(state, found)
+        try:
+            return self._plan(report, found, rescued)
+        except (NotRepairable, ImageStateError) as reason:
+            self.overlay = OverlayStorage(self.base)
+            return self._refused(check_state(self._state(self.header)), str(reason))
+
+    def _refused(self, report: CheckReport, reason: str) -> RepairPlan:
+        lines = [finding.text for finding in _told(report)]
+        return RepairPlan(report, lines, failure=report.stopped, refusal=reason)
+
+    # -- mode "all"
+
+    def _plan(self, report: CheckReport, found: Census, rescued: RescuedSnapshots) -> RepairPlan:
+        """The plan; `report` and `found` are the first check with the snapshots that are kept."""
+        self._require_mapping()
+        plan = RepairPlan(report)
+        mapping = MappingRepair(self.base, self.overlay, self.header, rescued)
+        mended = [finding for finding in _told(report) if _is_mapping(finding)]
+        damaged = bool(mended or found.mapping_damaged or found.stopped or rescued.repairs or self.header_damaged)
+        told = [finding for finding in found.findings if finding.code in _REFCOUNT_STRUCTURE]
+        if damaged:
+            mapping.drop()
+            found = census(self._state(mapping.header), rescued)
+        plan.keeps_bytes = bool(self.overlay.epochs[0])
+        if {finding.code for finding in told} == {"refcount-block-beyond-end"}:
+            self._drop_refcount_blocks(found)
+            found = census(self._state(mapping.header), rescued)
+        plan.lines = ["Repairing header: it names tables that cannot be used"] if self.header_damaged else []
+        plan.lines += [text for _, text, _ in rescued.repairs] + [_repairing(finding.text) for finding in mended]
+        plan.lines += [_repairing(f.text) if f.code == "refcount-block-beyond-end" else f.text for f in told]
+        plan.corruptions_fixed = (
+            int(self.header_damaged) + _count(mended) + _count(told) + sum(count for _, _, count in rescued.repairs)
+        )
+        released = self._tell_refcounts(plan, found)
+        if damaged:
+            mapping.move()
+        plan.keeps_bytes |= mapping.header != self.header or self.header_damaged or self.overlay.has_staged
+        plan.lost, plan.more_lost, plan.actions = mapping.lost, mapping.more_lost, mapping.actions
+        plan.lost_snapshots = rescued.lost
+        header = self._repair_refcounts(mapping.header, found, rebuild=released is not None, sound=not damaged)
+        self._finish(plan, header)
+        self._prove(header)
+        return plan
+
+    def _require_mapping(self) -> None:
+        """The active L1 table must be there; else nothing tells which clusters hold data."""
+        header = self.header
+        end = header.l1_table_offset + 8 * header.l1_size
+        if header.l1_size and end - ((self.base.size() + 511) & -512) >= header.cluster_size:
+            raise NotRepairable("the active L1 table lies beyond the end of the file")
+        if header.l1_size and not header.l1_table_offset:
+            raise NotRepairable("the active L1 table lies in the header")
+
+    def _drop_refcount_blocks(self, found: Census) -> None:
+        """Clear the refcount table's entries for blocks beyond the end of the file: they count nothing."""
+        outside = found.stored.block_offsets >> self.header.cluster_bits >= found.clusters
+        outside |= found.stored.block_offsets < 0
+        for index in np.flatnonzero(outside).tolist():
+            self.overlay.pwrite(bytes(8), self.header.refcount_table_offset + 8 * index)
+        self.overlay.flush()
+
+    def _tell_refcounts(self, plan: RepairPlan, found: Census) -> bool | None:
+        """Lines and numbers of what is wrong with refcounts and flags; True where they must be made anew, else None.
+
+        As for QEMU, that is so where a cluster in use has the refcount zero, or the structure itself is damaged.
+        """
+        if found.stopped is not None:
+            raise NotRepairable(found.findings[-1].text)
+        state = self._state(self.header)
+        before = check_census(state, found)
+        lines = _refcount_lines(before)
+        zeroes, _ = self._too_low(found)
+        rebuild = found.refcounts_damaged or zeroes > 0
+        plan.lines += lines
+        if rebuild:
+            plan.lines += ["Rebuilding refcount structure", *self._released_lines(found)]
+        else:
+            plan.lines += [_repairing(line) for line in lines]
+        copied = self._copied(found)
+        plan.lines += [_repairing(finding.text) for finding in copied]
+        plan.corruptions_fixed += _count(copied)
+        plan.corruptions_fixed += sum(f.count for f in before.findings if f.code == "refcount-too-low")
+        plan.leaks_fixed += before.leaks
+        return True if rebuild else None
+
+    def _repair_refcounts(self, header: Header, found: Census, *, rebuild: bool, sound: bool) -> Header:
+        """The refcounts and COPIED flags for the mapping as it is now; returns the header then.
+
+        Args:
+            header: what the header will be, with the old refcount table.
+            found: the census before anything was copied away, the old refcount structure included.
+            rebuild: make the refcounts from nothing.
+            sound: nothing but the refcounts was damaged.
+        """
+        free = None
+        if rebuild:
+            end = max(found.clusters, header.geometry.clusters_for(self.overlay.size()))
+            # Only where mapping and refcounts are beyond doubt can they say together that a place is free.
+            if sound and not found.refcounts_damaged:
+                free = FreeClusters(end, (found.references, found.stored))
+            header = replace(header, refcount_table_offset=0, refcount_table_clusters=0)
+        target = census(self._state(header))
+        if target.stopped is not None or target.mapping_damaged:
+            raise NotRepairable(_first_damage(target))
+        healing = Healing(header, self.overlay, target, free=free, link=self._link)
+        healing.run()
+        return healing.header
+
+    def _link(self, header: Header) -> None:
+        """The header as it is to be, then the entries that refer to copies."""
+        sector = header.build()[:_SECTOR]
+        if sector != self.overlay.pread(len(sector), 0):
+            self.overlay.pwrite(sector, 0)
+        self.overlay.link()
+
+    def _released_lines(self, found: Census) -> list[str]:
+        """What a new refcount structure leaves behind: the clusters of the old one."""
+        stored, bits = found.stored, self.header.cluster_bits
+        table = self.header.refcount_table_offset >> bits
+        sound = (stored.block_offsets > 0) & ~stored.unreadable & ~stored.reserved
+        blocks = stored.block_offsets[sound] >> bits
+        blocks = blocks[blocks < found.clusters]
+        tables = np.arange(table, table + self.header.refcount_table_clusters)
+        clusters, own = np.unique(np.concatenate((tables, blocks)).astype(np.int64), return_counts=True)
+        counted = found.references.at(clusters)
+        return [
+            f"Repairing cluster {cluster} refcount={count} reference={count - times}"
+            for cluster, count, times in zip(clusters.tolist(), counted.tolist(), own.tolist(), strict=True)
+            if count >= times
+        ]
+
+    # -- what both modes share
+
+    def _state(self, header: Header) -> Qcow2State:
+        return Qcow2State(self.overlay, header, None if self.data_storage is self.base else self.data_storage)
+
+    def _too_low(self, found: Census) -> tuple[int, int]:
+        """Clusters in use whose refcount is zero, and those whose refcount is too low otherwise."""
+        zeroes = low = 0
+        for rows in Comparison(found, self.header.geometry).differences():
+            below = rows.readable & (rows.stored < rows.expected)
+            zeroes += int((below & (rows.stored == 0)).sum())
+            low += int((below & (rows.stored > 0)).sum())
+        return zeroes, low
+
+    def _copied(self, found: Census) -> list[Finding]:
+        """COPIED flags that are wrong by the refcounts as they will be."""
+        ones = Ones.expected(found.references)
+        return copied_flag_findings(self._state(self.header), found, ones, found.references.at)
+
+    def _finish(self, plan: RepairPlan, header: Header) -> None:
+        """The header's last write: no dirty and corrupt bit, no autoclear bits that nobody knows."""
+        bits = header.incompatible_features & ~(Incompatible.DIRTY | Incompatible.CORRUPT)
+        autoclear = header.autoclear_features & KNOWN_AUTOCLEAR
+        done = replace(header, incompatible_features=int(bits), autoclear_features=int(autoclear))
+        if done != header:
+            plan._bits = done.build()[:_SECTOR]
+        plan._overlay = self.overlay
+
+    def _prove(self, header: Header) -> None:
+        """Check what the file would be; a repair that does not end in a sound image is none."""
+        after = check_state(self._state(header))
+        if after.stopped is not None or after.findings:
+            raise NotRepairable(after.stopped or after.findings[0].text)
+
+
+_REFCOUNT_STRUCTURE = (
+    "refcount-table-reserved-bits",
+    "refcount-block-unaligned",
+    "refcount-block-beyond-end",
+    "refcount-block-shared",
+    "refcount-block-damaged",
+)
+_REFCOUNTS = ("leak", "refcount-too-high", "refcount-too-low", "refcount-unreadable")
+
+
+def _is_mapping(finding: Finding) -> bool:
+    """Whether a finding is about the mapping: not about refcounts or COPIED flags that follow from it."""
+    return finding.code not in (*_REFCOUNT_STRUCTURE, *_REFCOUNTS, "copied-flag-l1", "copied-flag-l2")
+
+
+def _told(report: CheckReport) -> list[Finding]:
+    """The findings that are told: not those that only explain others."""
+    return [finding for finding in report.findings if finding.count or finding.code != "overlap"]
+
+
+def _refcount_lines(report: CheckReport) -> list[str]:
+    return [finding.text for finding in report.findings if finding.code in _REFCOUNTS]
+
+
+def _repairing(text: str, *, leaks_only: bool = False) -> str:
+    """A finding's text as that of its repair."""
+    if text.startswith("Leaked "):
+        return "Repairing " + text.removeprefix("Leaked ")
+    if leaks_only:
+        return text
+    return "Repairing " + text.removeprefix("ERROR").lstrip(": ") if text.startswith("ERROR") else text
+
+
+def _count(findings: list[Finding]) -> int:
+    return sum(finding.count for finding in findings if finding.severity is Severity.CORRUPTION)
+
+
+def _first_damage(found: Census) -> str:
+    texts = [finding.text.partition("\n")[0] for finding in found.findings]
+    texts += [f"cluster {cluster} holds the {first} and the {second}" for cluster, first, second in found.overlaps]
+    return texts[0].removeprefix("ERROR").lstrip(": ") if texts else "the mapping is damaged"
