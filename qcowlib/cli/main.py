@@ -24,6 +24,7 @@ COMMANDS = {
     "check": "check an image for damage and leaked clusters",
     "commit": "merge an overlay into its backing file",
     "compare": "tell whether two images have the same content",
+    "compact": "write a smaller image that keeps snapshots, bitmaps, encryption and backing file",
     "convert": "copy an image, or one of its snapshots, into a new image",
     "create": "create an image, or an overlay on a backing file",
     "dd": "copy blocks of an image into a new image",

@@ -135,8 +135,20 @@ class WritableQcow2Image(Qcow2Image):
         Raises:
             OptionError: not one whole cluster, or the image can hold no compressed clusters.
         """
+        self.write_packed(offset, data, self.pack(data))
+
+    def pack(self, data: Buffer) -> bytes | None:
+        """The bytes of a cluster (or less, at the end of the disk) compressed for `write_packed`; None when they do
+        not get smaller. Changes nothing, and may be called from several threads at once.
+        """
         from qcowlib.codecs.compression import compress
 
+        return compress(self.header.compression_type, bytes(data).ljust(self.cluster_size, b"\0"))
+
+    def write_packed(self, offset: int, data: Buffer, packed: bytes | None) -> None:
+        """Write one cluster as `packed`, which is what `pack` gave for `data`. Arguments and errors as those of
+        `write_compressed`.
+        """
         view = memoryview(data).cast("B")
         whole = min(self.cluster_size, self.size - offset)
         if offset % self.cluster_size or len(view) != whole:
@@ -144,7 +156,6 @@ class WritableQcow2Image(Qcow2Image):
         if self.header.has_data_file or self.cipher is not None:
             raise OptionError("compressed clusters are not possible with encryption or an external data file")
         self._change(offset, len(view))
-        packed = compress(self.header.compression_type, bytes(view).ljust(self.cluster_size, b"\0"))
         with self._changing():
             self._record(offset, len(view))
             if packed is None:
@@ -152,6 +163,30 @@ class WritableQcow2Image(Qcow2Image):
             else:
                 self._link_packed(offset, packed)
             self._commit_under_pressure()
+
+    def place(self, offset: int, length: int) -> list[tuple[int, int, int]] | None:
+        """Give clusters that have nothing yet their place in the file, for a host that fills them by itself.
+
+        Until then they read as whatever is there. Not for encrypted images.
+
+        Args:
+            offset, length: guest bytes, whole clusters; the last one may be cut by the end of the disk.
+
+        Returns: (guest offset, host offset, bytes) of each run; None when a cluster of the range has an entry, is a
+            part of one, or has bytes in a backing file below its other part.
+
+        Raises: as `write`.
+        """
+        self._change(offset, length)
+        if offset % self.cluster_size or (length % self.cluster_size and offset + length != self.size):
+            return None
+        with self._changing():
+            if not self._writer.is_empty(offset, length):
+                return None
+            self._record(offset, length)
+            runs = self._writer.place(offset, length)
+            self._commit_under_pressure()
+            return runs
 
     @contextmanager
     def exclusive(self) -> Iterator[MetadataTransaction]:
@@ -165,6 +200,7 @@ class WritableQcow2Image(Qcow2Image):
             try:
                 yield self.transaction
             finally:
+                self._recorder = None  # nothing is recorded in between
                 self.state.tables.clear()
 
     @property

@@ -207,14 +207,13 @@ class ClusterWriter:
         runs = []
         for start, stop in self._table_pieces(offset, offset + length):
             table = self._transaction.writable_table(self._geometry.l1_index(start))
-            first = self._geometry.l2_index(start)
-            last = first + self._geometry.clusters_for(stop - start)
-            while first < last:
-                host, count = self._take(start, last - first)
-                self._set_new(table, first, count, host)
-                size = min(count * self._geometry.cluster_size, stop - start)
-                runs.append((start, host, size))
-                first, start = first + count, start + size
+            guest = start
+            while guest < stop:
+                host, count = self._take(guest, self._geometry.clusters_for(stop - guest))
+                self._set_new(table, self._geometry.l2_index(guest), count, host)
+                size = min(count * self._geometry.cluster_size, stop - guest)
+                runs.append((guest, host, size))
+                guest += size
         return runs
 
     def _entries(self, start: int, stop: int) -> tuple[Entries, Entries | None]:

@@ -1,10 +1,10 @@
-"""Copying guest data from one image to another.
+"""Copying guest data into another image.
 
-    extents of the source --runs--> data, zero, inherited --expanded to the target's units--> pieces
-    pieces --read (in an executor)--> looked through for zeroes --> written, in order
+    ranges of the source --widened to the target's units--> batches of about 1 MiB of data
+    batch --read into a buffer, looked through for zeroes, compressed (in an executor)--> stored, in guest order
 
 Ranges without data are not read. Data ranges are widened to the units that the target allocates, so that the target is
-written in whole units.
+written in whole units. Buffers are used again: fresh memory costs more than the copy into it.
 """
 
 from __future__ import annotations
@@ -12,42 +12,30 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, wait
-from dataclasses import dataclass
-from enum import IntEnum
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import NamedTuple
+from os import strerror
 
 import numpy as np
 import numpy.typing as npt
 
-from qcowlib.extents import ExtentKind, ExtentTable
-from qcowlib.image.holes import HoleFinder
+from qcowlib.errors import QcowError
 from qcowlib.image.raw import WritableRawImage
-from qcowlib.image.reader import ReadableImage
 from qcowlib.image.writable import WritableQcow2Image
+from qcowlib.operations.copy_source import Content, CopySource, Loss, Range
+from qcowlib.operations.offload import HostCopy
 
 Progress = Callable[[int, int], None]
 WritableImage = WritableQcow2Image | WritableRawImage
+BoolArray = npt.NDArray[np.bool_]
 
-_PIECE = 2 << 20  # a multiple of every cluster size
-_IN_FLIGHT = 8
+NEVER = 1 << 63  # no guest offset reaches it
+
+_PIECE = 1 << 20
+_LARGEST_PIECE = 16 << 20
+_IN_FLIGHT = 16 << 20
+_RANGES = 256  # in one batch, however small they are
 _SECTOR = 512
-
-
-class Content(IntEnum):
-    """What a range of the source is for the target."""
-
-    ZERO = 0
-    DATA = 1
-    INHERITED = 2  # the target's backing file shows it
-
-
-class Range(NamedTuple):
-    """Guest bytes of the source."""
-
-    start: int
-    end: int
-    content: Content
 
 
 @dataclass(frozen=True)
@@ -55,77 +43,47 @@ class CopyJob:
     """What is copied, and how.
 
     Attributes:
-        source: the image to read.
+        source: what to read.
         start, end: the part of it in bytes; the target begins with it.
-        has_backing: the target has a backing file with the content of the source's: leave to it what the source's
-            own layer has not allocated.
+        has_backing: the target shows a backing file where nothing is written: no range is widened over it.
+        zero_from: the target is known to read as zeroes from this offset on.
         compressed: write compressed clusters.
         sparse_size: bytes of zeroes from which on a range is left out of the target; 0 writes all zeroes.
+        offload: let the host copy, where data lies as it is in both files; it is not looked through for zeroes.
+        out_of_order: write to a raw target as soon as data is there.
         executor: where to read ahead, and to compress; None does all in the calling thread.
         progress: called with (bytes done, bytes to do) of data.
+        lost: is told what could not be read, when the source salvages.
     """
 
-    source: ReadableImage
+    source: CopySource
     start: int
     end: int
     has_backing: bool = False
+    zero_from: int = NEVER
     compressed: bool = False
     sparse_size: int = 4096
+    offload: bool = False
+    out_of_order: bool = False
     executor: Executor | None = None
     progress: Progress | None = None
+    lost: Callable[[Loss], None] | None = None
 
     def data_bytes(self) -> int:
         """Bytes to copy. Walks the whole mapping of the part.
 
         Raises:
-            CorruptMetadata: the mapping is damaged.
+            QcowError: the mapping is damaged, or a file cannot be read.
         """
-        runs = source_runs(self)
-        return sum(run.end - run.start for run in runs if run.content is Content.DATA or not self.sparse_size)
+        ranges = self.source.ranges(self.start, self.end)
+        return sum(run.end - run.start for run in ranges if run.content is Content.DATA or not self.sparse_size)
 
 
-def source_runs(job: CopyJob) -> Iterator[Range]:
-    """The part of the source as ranges without gaps, equal neighbours joined."""
-    pending: Range | None = None
-    for table, content in _contents(job):
-        heads = np.flatnonzero(np.concatenate(([True], content[1:] != content[:-1])))
-        starts = table.start[heads].tolist()
-        ends = [*starts[1:], int(table.start[-1] + table.length[-1])]
-        for start, end, kind in zip(starts, ends, content[heads].tolist(), strict=True):
-            if pending is not None and pending.content == kind:
-                pending = Range(pending.start, end, pending.content)
-            else:
-                if pending is not None:
-                    yield pending
-                pending = Range(start, end, Content(kind))
-    if pending is not None:
-        yield pending
-
-
-def _contents(job: CopyJob) -> Iterator[tuple[ExtentTable, npt.NDArray[np.uint8]]]:
-    """Extents of the source with the content of each row."""
-    source, length = job.source, job.end - job.start
-    if not length:
-        return
-    below = source.backing
-    limit = below.size if below is not None else 0  # behind it the source reads as zeroes
-    finder = HoleFinder(source)
-    inherits = job.has_backing and below is not None
-    tables = source.layer_extents(job.start, length) if inherits else source.extents(job.start, length)
-    for shallow in tables:
-        table, holes = finder.split(shallow)
-        stored = ((table.kind == ExtentKind.DATA) | (table.kind == ExtentKind.COMPRESSED)) & ~holes
-        content = np.where(stored, np.uint8(Content.DATA), np.uint8(Content.ZERO))
-        if inherits:
-            content[(table.kind == ExtentKind.UNALLOCATED) & (table.start < limit)] = Content.INHERITED
-        yield table, content
-
-
-def widened(runs: Iterator[Range], unit: int, start: int, end: int) -> Iterator[Range]:
-    """The runs with data widened to whole units (counted from `start`), the others cut back accordingly."""
+def widened(ranges: Iterator[Range], unit: int, start: int, end: int) -> Iterator[Range]:
+    """The ranges with data widened to whole units (counted from `start`), the others cut back accordingly."""
     position = start
     waiting: list[Range] = []  # not data, in the unit that the next data may claim
-    for run in runs:
+    for run in ranges:
         if run.content is Content.DATA:
             first = start + (run.start - start) // unit * unit
             yield from _before(waiting, first)
@@ -148,127 +106,264 @@ def _before(ranges: list[Range], limit: int) -> Iterator[Range]:
             yield Range(one.start, min(one.end, limit), one.content)
 
 
-def copy(job: CopyJob, target: WritableImage, *, is_zero: bool, total: int) -> None:
+@dataclass
+class _Batch:
+    """Ranges to be done together, in the order of the target; and what reading the data of them gave.
+
+    Attributes:
+        ranges: offsets count in the source.
+        size: bytes of data in them.
+        buffer: holds the data, range behind range.
+        used: for each range of data, which of its blocks are not zero (all of them when zeroes are written, too).
+        packed: for each range of data, its clusters compressed; None for one that does not get smaller.
+        stored: bytes are in the target already.
+        losses: what could not be read.
+    """
+
+    ranges: list[Range] = field(default_factory=list)
+    size: int = 0
+    buffer: bytearray = field(default_factory=bytearray)
+    used: list[BoolArray] = field(default_factory=list)
+    packed: list[list[bytes | None]] = field(default_factory=list)
+    stored: bool = False
+    losses: list[Loss] = field(default_factory=list)
+
+    def data(self) -> Iterator[tuple[Range, memoryview]]:
+        """The ranges of data with their bytes."""
+        view, position = memoryview(self.buffer), 0
+        for run in self.ranges:
+            if run.content is Content.DATA:
+                yield run, view[position : position + run.end - run.start]
+                position += run.end - run.start
+
+
+def copy(job: CopyJob, target: WritableImage, *, total: int) -> None:
     """Write the part of the source to the beginning of the target.
 
     Args:
         job: what to copy.
         target: at least as large as the part.
-        is_zero: the target reads as zeroes: zero ranges need not be written.
         total: `job.data_bytes()`.
 
     Raises:
         QcowError: reading or writing failed; what was written before stays.
     """
-    _Copier(job, target, is_zero, total).run()
+    _Copier(job, target, total).run()
 
 
 class _Copier:
-    def __init__(self, job: CopyJob, target: WritableImage, is_zero: bool, total: int) -> None:
+    def __init__(self, job: CopyJob, target: WritableImage, total: int) -> None:
         self.job = job
         self.target = target
-        self.skip_zeroes = is_zero and job.sparse_size > 0
         self.total = total
         self.done = 0
-        self.waiting: deque[tuple[Future[bytes | None], int, int]] = deque()
         allocates = _SECTOR
         if isinstance(target, WritableQcow2Image):
             allocates = target.cluster_size if job.compressed else target.state.geometry.subcluster_size
         self.block = max(allocates, 1 << max(job.sparse_size, _SECTOR).bit_length() - 1)
-        self.piece = target.cluster_size if job.compressed else max(_PIECE, self.block)
+        if job.compressed:
+            self.block = allocates
+        self.piece = max(_PIECE, self.block)
+        # With a backing file a byte that the source inherits stays inherited, so nothing is widened over it.
+        self.unit = 1 if job.has_backing and not job.compressed else min(self.block, _LARGEST_PIECE)
+        self.host_copy = HostCopy(target) if job.offload else None
+        self.waiting: deque[Future[_Batch]] = deque()
+        self.in_flight = max(2, _IN_FLIGHT // self.piece)
+        self.buffers: list[bytearray] = []
 
     def run(self) -> None:
         """Copy everything; nothing is left in the executor when it raises."""
-        job = self.job
-        # With a backing file a byte that the source inherits stays inherited, so nothing is widened over it.
-        unit = 1 if job.has_backing and not job.compressed else min(self.block, _PIECE)
         try:
-            for run in widened(source_runs(job), unit, job.start, job.end):
-                if run.content is Content.DATA:
-                    self._copy_data(run.start, run.end)
-                elif run.content is Content.ZERO:
-                    self._zero(run.start - job.start, run.end - run.start)
+            for batch in self._batches():
+                self._submit(batch)
             while self.waiting:
                 self._finish_one()
         finally:
-            for future, _, _ in self.waiting:
+            for future in self.waiting:
                 future.cancel()
-            wait([future for future, _, _ in self.waiting])
+            wait(self.waiting)
 
-    def _copy_data(self, start: int, end: int) -> None:
-        while start < end:
-            # Pieces end at multiples of their size in the target, also when the range begins elsewhere.
-            offset = start - self.job.start
-            length = min(end - start, self.piece - offset % self.piece)
-            if self.job.executor is None:
-                self._store(offset, self._fetch(start, length), length)
-            else:
-                self.waiting.append((self.job.executor.submit(self._fetch, start, length), offset, length))
-                if len(self.waiting) >= _IN_FLIGHT:
-                    self._finish_one()
-            start += length
+    def _ranges(self) -> Iterator[Range]:
+        """The ranges of the source as they are to be written; those that are left to the target are missing."""
+        job = self.job
+        for run in widened(job.source.ranges(job.start, job.end, job.lost), self.unit, job.start, job.end):
+            if run.content is Content.ZERO and not job.sparse_size:
+                yield run._replace(content=Content.DATA)
+            elif run.content is not Content.INHERITED:
+                yield run
+
+    def _batches(self) -> Iterator[_Batch]:
+        batch = _Batch()
+        for run in self._ranges():
+            start = run.start
+            if run.content is Content.ZERO:
+                batch.ranges.append(run)
+                start = run.end
+            elif self.host_copy is not None:
+                yield batch
+                batch = _Batch()
+                start = self._offload(run)
+            while start < run.end:
+                end = self._cut(start, run.end, self.piece - batch.size)
+                if end > start:
+                    batch.ranges.append(Range(start, end, Content.DATA))
+                    batch.size += end - start
+                    start = end
+                if start < run.end:
+                    yield batch
+                    batch = _Batch()
+            if len(batch.ranges) >= _RANGES:
+                yield batch
+                batch = _Batch()
+        yield batch
+
+    def _cut(self, start: int, end: int, room: int) -> int:
+        """Where the next piece of a range ends: it fits into the room and ends with a block of the target."""
+        if end - start <= room:
+            return end
+        base = self.job.start
+        return max(start, base + (start + room - base) // self.block * self.block)
+
+    def _offload(self, run: Range) -> int:
+        """Let the host copy a range; returns where it ended: the range's end, or where this way ended."""
+        assert self.host_copy is not None
+        while self.waiting:
+            self._finish_one()  # the target is written in order
+        start, job = run.start, self.job
+        while start < run.end:
+            end = self._cut(start, run.end, max(self.piece, _LARGEST_PIECE))
+            with _Doing("writing", start - job.start):
+                copied = self.host_copy.copy(job.source, start, end, start - job.start)
+            if not copied:
+                self.host_copy = None
+                return start
+            self._count(end - start)
+            start = end
+        return start
+
+    def _submit(self, batch: _Batch) -> None:
+        if not batch.ranges:
+            return
+        batch.buffer = self._buffer()
+        if self.job.executor is None:
+            self._store(self._fetch(batch))
+        else:
+            self.waiting.append(self.job.executor.submit(self._fetch, batch))
+
+    def _buffer(self) -> bytearray:
+        """A buffer that nobody uses; the oldest batch gives its one back when there are enough of them."""
+        while not self.buffers and len(self.waiting) >= self.in_flight:
+            self._finish_one()
+        return self.buffers.pop() if self.buffers else bytearray(self.piece)
 
     def _finish_one(self) -> None:
-        future, offset, length = self.waiting.popleft()
-        self._store(offset, future.result(), length)
+        self._store(self.waiting.popleft().result())
 
-    def _fetch(self, start: int, length: int) -> bytes | None:
-        """Read a piece; a compressed one is stored at once, where the work of compressing is."""
-        data = self.job.source.read(start, length)
-        if not self.job.compressed or not isinstance(self.target, WritableQcow2Image):
-            return data
-        if self.job.sparse_size and not _nonzero_blocks(data, len(data)).any():
-            return data
-        self.target.write_compressed(start - self.job.start, data)
-        return None
+    # In the executor.
 
-    def _store(self, offset: int, data: bytes | None, length: int) -> None:
-        if data is not None:
-            self._write_sparse(offset, data)
+    def _fetch(self, batch: _Batch) -> _Batch:
+        """Read the data of a batch, and do with it what needs no order."""
+        job = self.job
+        for run, view in batch.data():
+            with _Doing("reading", run.start - job.start):
+                batch.losses += job.source.read_into(run.start, view)
+            used = nonzero_blocks(view, self.block) if job.sparse_size else _all_blocks(view, self.block)
+            batch.used.append(used)
+            if job.compressed and isinstance(self.target, WritableQcow2Image):
+                batch.packed.append(_packed(self.target, view, used))
+        if job.out_of_order and isinstance(self.target, WritableRawImage):
+            self._write(batch)
+            batch.stored = True
+        return batch
+
+    # In order.
+
+    def _store(self, batch: _Batch) -> None:
+        for loss in batch.losses:
+            if self.job.lost is not None:
+                self.job.lost(loss)
+        if not batch.stored:
+            self._write(batch)
+        self.buffers.append(batch.buffer)
+        self._count(batch.size)
+
+    def _count(self, length: int) -> None:
         self.done += length
-        if self.job.progress is not None:
+        if self.job.progress is not None and length:
             self.job.progress(min(self.done, self.total), self.total)
 
-    def _write_sparse(self, offset: int, data: bytes) -> None:
+    def _write(self, batch: _Batch) -> None:
+        views = dict(batch.data())
+        used, packed = iter(batch.used), iter(batch.packed)
+        for run in batch.ranges:
+            offset = run.start - self.job.start
+            with _Doing("writing", offset):
+                if run.content is Content.ZERO:
+                    self._zero(offset, run.end - run.start)
+                elif batch.packed and isinstance(self.target, WritableQcow2Image):
+                    self._write_packed(self.target, offset, views[run], next(used), next(packed))
+                else:
+                    self._write_sparse(offset, views[run], next(used))
+
+    def _write_sparse(self, offset: int, view: memoryview, used: BoolArray) -> None:
         """Write the blocks that are not zero, and the others as zeroes where the target needs it."""
-        if not self.job.sparse_size:
-            self.target.write(offset, data)
-            return
-        used = _nonzero_blocks(data, self.block)
         edges = [0, *(np.flatnonzero(used[1:] != used[:-1]) + 1).tolist(), len(used)]
-        view = memoryview(data)
         for first, last in pairwise(edges):
-            start, end = first * self.block, min(last * self.block, len(data))
+            start, end = first * self.block, min(last * self.block, len(view))
             if used[first]:
                 self.target.write(offset + start, view[start:end])
             else:
                 self._zero(offset + start, end - start)
 
+    def _write_packed(
+        self, target: WritableQcow2Image, offset: int, view: memoryview, used: BoolArray, packed: list[bytes | None]
+    ) -> None:
+        size = target.cluster_size
+        for number, data in enumerate(packed):
+            piece = view[number * size : (number + 1) * size]
+            if used[number]:
+                target.write_packed(offset + number * size, piece, data)
+            else:
+                self._zero(offset + number * size, len(piece))
+
     def _zero(self, offset: int, length: int) -> None:
-        while self.waiting and not self.skip_zeroes:
-            self._finish_one()  # the target is written in order
-        if self.job.sparse_size:
-            if not self.skip_zeroes:
-                self.target.write_zeroes(offset, length)
-            return
-        zeroes = bytes(min(length, _PIECE))
-        for start in range(offset, offset + length, _PIECE):
-            count = min(_PIECE, offset + length - start)
-            self.target.write(start, memoryview(zeroes)[:count])
-            self.done += count
-            if self.job.progress is not None:
-                self.job.progress(min(self.done, self.total), self.total)
+        length = min(length, self.job.zero_from - offset)
+        if length > 0:
+            self.target.write_zeroes(offset, length)
 
 
-def _nonzero_blocks(data: bytes, block: int) -> npt.NDArray[np.bool_]:
+class _Doing:
+    """Puts qemu-img's words into an error: what was being done, and at which guest byte."""
+
+    def __init__(self, action: str, offset: int) -> None:
+        self._action = action
+        self._offset = offset
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, QcowError) and error.errno is not None:
+            error.stock = f"error while {self._action} at byte {self._offset}: {strerror(error.errno)}"
+
+
+def _packed(target: WritableQcow2Image, view: memoryview, used: BoolArray) -> list[bytes | None]:
+    """The clusters of a range compressed, but those that will be left out as zeroes."""
+    size = target.cluster_size
+    return [
+        target.pack(view[number * size : (number + 1) * size]) if wanted else None
+        for number, wanted in enumerate(used.tolist())
+    ]
+
+
+def nonzero_blocks(data: memoryview, block: int) -> BoolArray:
     """For each block of the data (the last may be short) whether a byte of it is not zero."""
+    # Any byte but 0 is true, and numpy stops looking at a block of truths at the first one.
+    truths = np.frombuffer(data, dtype=np.bool_)
     whole = len(data) // block
-    words = np.frombuffer(data, dtype=np.uint64, count=whole * (block // 8)).reshape(whole, block // 8)
-    used = words[:, 0] != 0 if whole else np.zeros(0, dtype=np.bool_)
-    unknown = np.flatnonzero(~used)  # most blocks tell by their first word
-    if len(unknown):
-        used[unknown] = words[unknown].any(axis=1)
-    tail = data[whole * block :]
-    if tail:
-        used = np.append(used, tail.count(0) != len(tail))
-    return used
+    used = truths[: whole * block].reshape(whole, block).any(axis=1)
+    return np.append(used, truths[whole * block :].any()) if len(data) % block else used
+
+
+def _all_blocks(data: memoryview, block: int) -> BoolArray:
+    return np.ones(-(-len(data) // block), dtype=np.bool_)

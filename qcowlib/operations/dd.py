@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import Executor
+from dataclasses import replace
 from typing import NamedTuple
 
-from qcowlib.image.creation_options import CreationOptions
 from qcowlib.image.policy import OpenPolicy
 from qcowlib.image.reader import ReadableImage
-from qcowlib.operations.convert import created, refuse_own_source
+from qcowlib.operations.copy_source import CopySource
 from qcowlib.operations.copying import CopyJob, Progress, copy
+from qcowlib.operations.new_target import NewTarget, created, refuse_own_source
 
 
 class DdRange(NamedTuple):
@@ -66,11 +67,11 @@ def dd(
     Raises: as `convert`.
     """
     path = os.fspath(target)
-    refuse_own_source(source, path)
+    refuse_own_source([source], path)
     part = dd_range(source.size, block_size=block_size, count=count, skip=skip)
-    job = CopyJob(source, part.start, part.end, executor=executor, progress=progress)
+    job = CopyJob(CopySource([source]), part.start, part.end, executor=executor, progress=progress)
     total = job.data_bytes()
-    options: CreationOptions = {}
-    with created(path, part.end - part.start, target_format, None, None, policy, None, options) as image:
-        copy(job, image, is_zero=True, total=total)
+    new = NewTarget(path, part.end - part.start, target_format, {}, policy=policy)
+    with created(new) as image:
+        copy(replace(job, zero_from=new.zero_from(image)), image, total=total)
     return part

@@ -34,13 +34,16 @@ class LocalFile:
 
     Attributes:
         writable: whether it was opened for writing.
+        name: path of the file, for messages.
+        durable: `flush` waits for the disk; False where nothing needs to survive a crash of the host.
         is_block_device: whether its length is fixed by a device.
     """
 
     def __init__(self, descriptor: int, name: str, *, writable: bool) -> None:
         self.writable = writable
+        self.name = name
+        self.durable = True
         self._fd = descriptor
-        self._name = name
         self.is_block_device = stat.S_ISBLK(os.fstat(descriptor).st_mode)
         self._flush_error: OSError | None = None
         self._lock: ImageLock | None = None
@@ -50,11 +53,6 @@ class LocalFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    @property
-    def name(self) -> str:
-        """Path of the file."""
-        return self._name
 
     def fileno(self) -> int:
         """The descriptor; -1 after `close`."""
@@ -67,14 +65,14 @@ class LocalFile:
                 return os.lseek(self._fd, 0, os.SEEK_END)
             return os.fstat(self._fd).st_size
         except OSError as error:
-            raise StorageError(self._name, "get the size of", error) from error
+            raise StorageError(self.name, "get the size of", error) from error
 
     def allocated_size(self) -> int:
         """Bytes that the file occupies on the host (`st_blocks`); its size where the host does not say."""
         try:
             blocks: int = getattr(os.fstat(self._fd), "st_blocks", -1)
         except OSError as error:
-            raise StorageError(self._name, "get the size of", error) from error
+            raise StorageError(self.name, "get the size of", error) from error
         return blocks * 512 if blocks >= 0 and not self.is_block_device else self.size()
 
     def pread(self, length: int, offset: int) -> bytes:
@@ -87,7 +85,7 @@ class LocalFile:
                 return data
             return self._read_rest(data, length, offset)
         except (OSError, OverflowError) as error:
-            raise StorageError(self._name, "read", _as_oserror(error)) from error
+            raise StorageError(self.name, "read", _as_oserror(error)) from error
 
     def pread_into(self, buffer: bytearray | memoryview, offset: int) -> int:
         """Fill `buffer` from `offset`; returns the bytes read, fewer only where the file ends."""
@@ -100,7 +98,7 @@ class LocalFile:
                     break
                 done += count
         except (OSError, OverflowError) as error:
-            raise StorageError(self._name, "read", _as_oserror(error)) from error
+            raise StorageError(self.name, "read", _as_oserror(error)) from error
         return done
 
     def data_ranges(self, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
@@ -120,7 +118,7 @@ class LocalFile:
 
     def lock(self, use: Use) -> None:
         """Take QEMU's image locks for a use; raises `ImageLocked`. `close` gives them back."""
-        self._lock = ImageLock.take(self._fd, self._name, use)
+        self._lock = ImageLock.take(self._fd, self.name, use)
 
     def close(self) -> None:
         """Release the locks and close the descriptor."""
@@ -132,7 +130,7 @@ class LocalFile:
         try:
             os.close(descriptor)
         except OSError as error:
-            raise StorageError(self._name, "close", error) from error
+            raise StorageError(self.name, "close", error) from error
 
     def pwrite(self, data: Buffer, offset: int) -> None:
         """Write all of `data` at `offset`; the file grows where needed."""
@@ -145,7 +143,7 @@ class LocalFile:
                     raise OSError(errno.EIO, "the host wrote nothing")
                 done += count
         except (OSError, OverflowError) as error:
-            raise StorageError(self._name, "write", _as_oserror(error)) from error
+            raise StorageError(self.name, "write", _as_oserror(error)) from error
 
     def write_zeroes(self, offset: int, length: int) -> None:
         """Make the range read as zeroes, its space kept: FALLOC_FL_ZERO_RANGE, else zero blocks in chunks of 1 MiB."""
@@ -155,7 +153,7 @@ class LocalFile:
             if hostcalls.zero_range(self._fd, offset, length):
                 return
         except (OSError, OverflowError) as error:
-            raise StorageError(self._name, "write", _as_oserror(error)) from error
+            raise StorageError(self.name, "write", _as_oserror(error)) from error
         zeroes = bytes(min(length, _ZERO_CHUNK))
         for done in range(0, length, _ZERO_CHUNK):
             self.pwrite(memoryview(zeroes)[: length - done], offset + done)
@@ -167,7 +165,7 @@ class LocalFile:
         try:
             hostcalls.punch_hole(self._fd, offset, length)
         except (OSError, OverflowError) as error:
-            raise StorageError(self._name, "discard", _as_oserror(error)) from error
+            raise StorageError(self.name, "discard", _as_oserror(error)) from error
 
     def allocate(self, offset: int, length: int) -> None:
         """Reserve host space (posix_fallocate); the file grows where needed, what it reads as stays."""
@@ -176,28 +174,30 @@ class LocalFile:
         try:
             hostcalls.allocate(self._fd, offset, length)
         except (OSError, OverflowError) as error:
-            raise StorageError(self._name, "allocate", _as_oserror(error)) from error
+            raise StorageError(self.name, "allocate", _as_oserror(error)) from error
 
     def truncate(self, size: int) -> None:
         """Set the length in bytes; a block device keeps its own, any other length raises `StorageError`."""
         if self.is_block_device:
             if size != self.size():
-                raise StorageError(self._name, "resize", OSError(errno.EINVAL, "a block device has a fixed size"))
+                raise StorageError(self.name, "resize", OSError(errno.EINVAL, "a block device has a fixed size"))
             return
         try:
             os.ftruncate(self._fd, size)
         except (OSError, OverflowError) as error:
-            raise StorageError(self._name, "resize", _as_oserror(error)) from error
+            raise StorageError(self.name, "resize", _as_oserror(error)) from error
 
     def flush(self) -> None:
         """Barrier (fdatasync). Once it failed it fails for good: the host may have dropped what it could not write."""
         try:
             if self._flush_error is None:
+                if not self.durable:
+                    return
                 hostcalls.sync(self._fd)
                 return
         except OSError as error:
             self._flush_error = error
-        raise StorageError(self._name, "flush", self._flush_error) from self._flush_error
+        raise StorageError(self.name, "flush", self._flush_error) from self._flush_error
 
     def _read_rest(self, data: bytes, length: int, offset: int) -> bytes:
         """The host may return less than asked before the end: after a signal, or above 2 GiB."""
@@ -218,7 +218,7 @@ class LocalFile:
         try:
             data, hole = hostcalls.next_data(self._fd, position, end)
         except (OSError, OverflowError) as error:
-            raise StorageError(self._name, "read the map of", _as_oserror(error)) from error
+            raise StorageError(self.name, "read the map of", _as_oserror(error)) from error
         # A file that shrinks or grows meanwhile must not stop the walk.
         return (data, hole) if position <= data <= hole and hole > position else (position, end)
 
