@@ -193,7 +193,7 @@ def _own_element(snapshot: DomainSnapshot, names: dict[str, str]) -> Element:
         element = SubElement(own, _OURS + "disk", name=names[disk.target], mode=disk.mode.value)
         _set(element, target=disk.target, file=disk.file, format=disk.format, overlay=disk.overlay)
         _set(element, internalId=disk.internal_id, internalName=disk.internal_name)
-        _set(element, digest=disk.digest, virtualSize=disk.virtual_size)
+        _set(element, digest=disk.digest, virtualSize=disk.virtual_size, place=disk.place)
     return own
 
 
@@ -317,6 +317,7 @@ def _own_disk(element: Element) -> DiskSnapshot:
         internal_name=element.get("internalName"),
         digest=element.get("digest"),
         virtual_size=_number(element.get("virtualSize")),
+        place=element.get("place"),
     )
 
 

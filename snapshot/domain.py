@@ -80,6 +80,7 @@ class DiskFacts:
         dirty: the file was not closed when it was used last (only some images can tell).
         in_use: who uses the image: a job of QEMU, or another process; None when nobody does.
         damaged: why the image cannot be used.
+        place: where the guest finds the disk; None when not known.
     """
 
     disk: Disk
@@ -93,6 +94,7 @@ class DiskFacts:
     dirty: bool = False
     in_use: str | None = None
     damaged: str | None = None
+    place: str | None = None
 
     @property
     def node(self) -> str:
@@ -261,6 +263,7 @@ class ActiveDomain:
             encrypted=bool(image.get("encrypted")),
             in_use=None if job is None else f"block job '{job}'",
             damaged="the image is marked corrupt" if details.get("corrupt") else None,
+            place=device_place(self.qmp, str(device["qdev"])),
         )
 
     def _target(self, device: dict[str, Any], node: str, paths: list[str]) -> str:
@@ -281,6 +284,24 @@ class ActiveDomain:
             return disks
         order = {disk.target: number for number, disk in enumerate(self.description.disks)}
         return sorted(disks, key=lambda facts: order.get(facts.disk.target, len(order)))
+
+
+def device_place(qmp: Qmp, device: str) -> str | None:
+    """Where the guest finds a device: its type and its address on its bus, which a device's name says nothing about.
+
+    Args:
+        qmp: the connection.
+        device: id or path, as `query-block` has it.
+    """
+    path = device if device.startswith("/") else f"/machine/peripheral/{device}"
+    path = path.removesuffix("/virtio-backend")
+    try:
+        have = {entry["name"] for entry in qmp.execute("qom-list", {"path": path})}
+        names = [name for name in ("type", "addr", "channel", "scsi-id", "lun", "unit") if name in have]
+        values = {name: qmp.execute("qom-get", {"path": path, "property": name}) for name in names}
+    except QmpError:  # an old kind of device, of which QEMU says less
+        return None
+    return " ".join([str(values.pop("type", "device")), *(f"{name}={value}" for name, value in values.items())])
 
 
 def _devices(qmp: Qmp) -> tuple[str, ...]:

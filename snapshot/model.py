@@ -160,6 +160,7 @@ class DiskSnapshot:
         internal_id, internal_name: id and name in the qcow2 file's snapshot table (internal).
         digest: xxh3-128 of the frozen file's metadata and data, if it was taken (`info --check`).
         virtual_size: bytes of the disk at that instant.
+        place: where the guest found the disk ("virtio-blk-pci addr=03.0"); None when not known.
     """
 
     target: str
@@ -171,6 +172,7 @@ class DiskSnapshot:
     internal_name: str | None = None
     digest: str | None = None
     virtual_size: int | None = None
+    place: str | None = None
 
 
 @dataclass(frozen=True)

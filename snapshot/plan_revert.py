@@ -168,6 +168,8 @@ def _against_load(request: RevertRequest) -> Iterator[str]:
         if not same_file(facts.disk.path, disk.file):
             yield f"disk {disk.target} is on '{facts.disk.path}' now, and the snapshot is inside '{disk.file}'"
             continue
+        if None not in (disk.place, facts.place) and disk.place != facts.place:
+            yield f"disk {disk.target} is a {facts.place} now, and was a {disk.place}: the memory would not fit it"
         count = sum(stored.name == name for stored in facts.snapshots)
         if count != 1:
             yield f"disk {disk.target} has {count} internal snapshots '{name}', where one should be"
@@ -331,6 +333,7 @@ def _start_step(request: RevertRequest) -> Step:
         "machine": memory.machine,
         "ram_size": memory.ram_size,
         "sizes": sizes,
+        "places": {request.new_layer(disk): disk.place for disk in request.chosen},
         "log": os.path.join(request.directory, "start.log"),
         "pid_file": os.path.join(request.directory, "start.pid"),
     }

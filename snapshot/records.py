@@ -70,6 +70,7 @@ def _disk_draft(plan: DiskPlan, name: str) -> DiskSnapshot:
         overlay=plan.overlay,
         internal_name=name if plan.mode is DiskMode.INTERNAL else None,
         virtual_size=disk.virtual_size,
+        place=plan.facts.place,
     )
 
 

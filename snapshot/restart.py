@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from snapshot.domain import device_place
 from snapshot.errors import DomainSnapshotError, QemuLost, QmpError, QmpTimeout
 from snapshot.qmp import Qmp, listening
 from snapshot.session import Session
@@ -140,15 +141,12 @@ def _check_machine(qmp: Qmp, arguments: Arguments) -> None:
         raise DomainSnapshotError(
             f"the command starts a machine with {ram} bytes of RAM, and the memory has {arguments['ram_size']}"
         )
-    shown = {
-        os.path.realpath(device["inserted"]["file"]): device["inserted"]["image"]["virtual-size"]
-        for device in qmp.execute("query-block")
-        if "inserted" in device
-    }
+    shown = {os.path.realpath(one["inserted"]["file"]): one for one in qmp.execute("query-block") if "inserted" in one}
     for path, size in arguments["sizes"].items():
-        found = shown.get(os.path.realpath(path))
-        if found is None:
+        device = shown.get(os.path.realpath(path))
+        if device is None:
             raise DomainSnapshotError(f"the command does not open '{path}' as one of its disks")
+        found = device["inserted"]["image"]["virtual-size"]
         if size is not None and found != size:
             raise DomainSnapshotError(f"'{path}' is a disk of {found} bytes, and the snapshot's was of {size}")
     expected = {os.path.realpath(path) for path in arguments["sizes"]}
@@ -158,6 +156,11 @@ def _check_machine(qmp: Qmp, arguments: Arguments) -> None:
             raise DomainSnapshotError(
                 f"the command opens '{inserted['file']}' for writing, which is no disk of the domain"
             )
+    for path, place in arguments["places"].items():
+        device = shown[os.path.realpath(path)]
+        now = device_place(qmp, device["qdev"]) if device.get("qdev") else None
+        if None not in (place, now) and place != now:
+            raise DomainSnapshotError(f"the command makes '{path}' a {now}, and in the snapshot it was a {place}")
 
 
 def _load(session: Session, qmp: Qmp, process: subprocess.Popen[bytes], arguments: Arguments) -> None:

@@ -1,6 +1,7 @@
 """Going back: memory and disks fit afterwards, and nothing that was reachable is lost."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -68,7 +69,7 @@ def test_internal_in_the_live_process(rig: MakeRig, tmp_path: Path) -> None:
         oracle.assert_clean(disk.path)
 
 
-@pytest.mark.parametrize("what", ["bitmap", "duplicate", "gone", "left out", "ram", "devices"])
+@pytest.mark.parametrize("what", ["bitmap", "duplicate", "gone", "left out", "ram", "devices", "swapped"])
 def test_what_qemu_would_find_out_too_late_is_refused(rig: MakeRig, tmp_path: Path, what: str) -> None:
     guest = rig()
     domain = guest.start()
@@ -78,9 +79,9 @@ def test_what_qemu_would_find_out_too_late_is_refused(rig: MakeRig, tmp_path: Pa
         domain.qmp.execute("block-dirty-bitmap-add", {"node": "d1", "name": "b"})
     elif what == "gone":
         domain.qmp.execute("blockdev-snapshot-delete-internal-sync", {"device": "d1", "name": "one"})
-    elif what in ("duplicate", "left out", "ram", "devices"):
+    else:
         guest.quit(domain.qmp)
-        extra = []
+        extra, paths = [], {}
         if what == "duplicate":
             oracle.qemu_img("snapshot", "-c", "one", guest.disks[1].path)
         elif what == "left out":
@@ -89,9 +90,11 @@ def test_what_qemu_would_find_out_too_late_is_refused(rig: MakeRig, tmp_path: Pa
             extra = ["-drive", f"if=none,id=x,format=qcow2,file={qcow2}", "-device", "virtio-blk-pci,drive=x,id=x"]
         elif what == "ram":
             guest.memory = 8
-        else:
+        elif what == "devices":
             extra = ["-device", "virtio-rng-pci,id=rng"]
-        domain = guest.start(*extra)
+        else:
+            paths = {"vda": guest.disks[1].path, "vdb": guest.disks[0].path}
+        domain = guest.start(*extra, paths=paths)
         guest.wait_for_ticks(3)
     message = {
         "bitmap": "vdb has the dirty bitmap 'b'",
@@ -100,6 +103,7 @@ def test_what_qemu_would_find_out_too_late_is_refused(rig: MakeRig, tmp_path: Pa
         "left out": "disk x can be written and is not in the snapshot",
         "ram": "4194304 bytes of RAM, and the domain 8388608",
         "devices": r"new rng \(virtio-rng-pci\)",
+        "swapped": "disk vda is a virtio-blk-pci addr=24 now, and was a virtio-blk-pci addr=16: the memory would not",
     }[what]
     ticks = len(guest.lines())
     with pytest.raises(NotPossible, match=message):
@@ -212,7 +216,7 @@ def test_memory_file_through_the_start_command(rig: MakeRig, tmp_path: Path, act
         domain.close()
 
 
-@pytest.mark.parametrize("what", ["other ram", "other machine", "cut file", "no start", "other disk"])
+@pytest.mark.parametrize("what", ["other ram", "other machine", "cut file", "no start", "other disk", "swapped"])
 def test_a_new_qemu_that_fails_leaves_the_old_one_running(rig: MakeRig, tmp_path: Path, what: str) -> None:
     guest = rig()
     domain = guest.start()
@@ -230,6 +234,9 @@ def test_a_new_qemu_that_fails_leaves_the_old_one_running(rig: MakeRig, tmp_path
         os.truncate(taken.memory.file, taken.memory.size // 2)
     elif what == "no start":
         command.insert(1, "-nonsense")
+    elif what == "swapped":
+        other = {"{disk:vda}": "{disk:vdb}", "{disk:vdb}": "{disk:vda}"}
+        guest.description.command = [re.sub(r"\{disk:\w+\}", lambda found: other[found[0]], word) for word in command]
     else:
         guest.description.command = [word.replace("{disk:vdb}", guest.disks[1].path) for word in command]
         guest.description.command.append("{disk:vdb}")
@@ -238,6 +245,7 @@ def test_a_new_qemu_that_fails_leaves_the_old_one_running(rig: MakeRig, tmp_path
         "other machine": "starts a pc-q35-7.2, and the memory is of a pc-i440fx-7.2",
         "cut file": "load of migration failed",
         "no start": "-nonsense: invalid option",
+        "swapped": r"makes '.*' a virtio-blk-pci addr=24, and in the snapshot it was a virtio-blk-pci addr=16",
         "other disk": r"opens '.*/d1.qcow2' for writing, which is no disk of the domain",
     }[what]
     with pytest.raises(DomainSnapshotError, match=message):
