@@ -10,6 +10,23 @@ PASSPHRASE = "open sesame"
 
 
 @dataclass
+class BitmapModel:
+    """A dirty bitmap: bytes for one bit, whether it records, numbers of the set bits."""
+
+    granularity: int
+    enabled: bool = True
+    bits: set[int] = field(default_factory=set)
+
+    def mark(self, offset: int, length: int) -> None:
+        self.bits.update(range(offset // self.granularity, (offset + length - 1) // self.granularity + 1))
+
+    def merge(self, other: "BitmapModel", size: int) -> None:
+        for bit in list(other.bits):
+            start = bit * other.granularity
+            self.mark(start, min(other.granularity, size - start))
+
+
+@dataclass
 class DiskModel:
     """What an image must hold.
 
@@ -18,12 +35,14 @@ class DiskModel:
         cluster_size: unit of discard in bytes.
         can_discard: False where the format cannot say that a cluster is zero (version 2 with a backing file).
         snapshots: name -> guest bytes.
+        bitmaps: name -> what is marked.
     """
 
     content: bytearray
     cluster_size: int
     can_discard: bool = True
     snapshots: dict[str, bytes] = field(default_factory=dict)
+    bitmaps: dict[str, BitmapModel] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -31,9 +50,11 @@ class DiskModel:
 
     def write(self, offset: int, data: bytes) -> None:
         self.content[offset : offset + len(data)] = data
+        self._mark(offset, len(data))
 
     def write_zeroes(self, offset: int, length: int) -> None:
         self.content[offset : offset + length] = bytes(length)
+        self._mark(offset, length)
 
     def discard(self, offset: int, length: int) -> None:
         """Only whole clusters are given back; the last one ends with the disk."""
@@ -41,7 +62,13 @@ class DiskModel:
         end = offset + length
         last = end if end == self.size else end // self.cluster_size * self.cluster_size
         if self.can_discard and first < last:
-            self.write_zeroes(first, last - first)
+            self.content[first:last] = bytes(last - first)
+        self._mark(offset, length)
+
+    def _mark(self, offset: int, length: int) -> None:
+        for bitmap in self.bitmaps.values():
+            if bitmap.enabled:
+                bitmap.mark(offset, length)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Random programs on an image and on a bytearray: they agree after every step, and stock QEMU agrees at the end.
 
 A program is a geometry and a list of writes, zeroes, discards, compressed clusters, snapshots taken, applied and
-deleted, flushes and reopenings. At its end `qemu-img check` must find nothing and qemu-img must read the model's bytes
-from the active layer and from each snapshot.
+deleted, bitmaps added, changed and removed, flushes and reopenings. At its end `qemu-img check` must find nothing,
+qemu-img must read the model's bytes from the active layer and from each snapshot, and every bitmap must have marked
+what was written since it was made, and nothing else.
 """
 
 import os
@@ -18,8 +19,16 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 import qcowlib
-from qcowlib import LocalFiles, Qcow2Image, SnapshotError, WritableQcow2Image, create_image, open_image
-from tests.model import PASSPHRASE, DiskModel, StockView, assert_equal
+from qcowlib import (
+    BitmapError,
+    LocalFiles,
+    Qcow2Image,
+    SnapshotError,
+    WritableQcow2Image,
+    create_image,
+    open_image,
+)
+from tests.model import PASSPHRASE, BitmapModel, DiskModel, StockView, assert_equal
 from tests.oracle import qemu_img
 
 KIB = 1 << 10
@@ -177,7 +186,7 @@ class ImageProgram(RuleBasedStateMachine):
         try:
             qcowlib.apply_snapshot(self.opened, name)
         except SnapshotError:
-            assert self.options.get("refcount_bits", 16) <= 2
+            assert self.options.get("refcount_bits", 16) <= 2 or self.model.bitmaps
         else:
             self.model.content[:] = self.model.snapshots[name]
         self.assert_reads(0, SIZE, "after apply")
@@ -197,6 +206,49 @@ class ImageProgram(RuleBasedStateMachine):
         length = min(length, SIZE - offset)
         expected = self.model.snapshots[name][offset : offset + length]
         assert_equal(self.opened.open_snapshot(name).read(offset, length), expected, name, offset)
+
+    @rule(name=st.sampled_from("abc"), granularity=st.sampled_from([512, 4096, 65536, 1 << 20]), disabled=st.booleans())
+    def add_bitmap(self, name: str, granularity: int, disabled: bool) -> None:
+        try:
+            qcowlib.add_bitmap(self.opened, name, granularity=granularity, disabled=disabled)
+        except BitmapError:
+            assert name in self.model.bitmaps or self.options.get("compat") == "0.10"
+        else:
+            self.model.bitmaps[name] = BitmapModel(granularity, not disabled)
+
+    @precondition(lambda self: self.model.bitmaps)
+    @rule(
+        number=st.integers(0, 2), other=st.integers(0, 2), action=st.sampled_from(["remove", "clear", "turn", "merge"])
+    )
+    def change_bitmap(self, number: int, other: int, action: str) -> None:
+        names = list(self.model.bitmaps)
+        name, source = names[number % len(names)], names[other % len(names)]
+        model = self.model.bitmaps[name]
+        if action == "remove":
+            qcowlib.remove_bitmap(self.opened, name)
+            del self.model.bitmaps[name]
+        elif action == "clear":
+            qcowlib.clear_bitmap(self.opened, name)
+            model.bits.clear()
+        elif action == "merge":
+            qcowlib.merge_bitmap(self.opened, name, source)
+            model.merge(self.model.bitmaps[source], SIZE)
+        else:
+            (qcowlib.disable_bitmap if model.enabled else qcowlib.enable_bitmap)(self.opened, name)
+            model.enabled = not model.enabled
+
+    @precondition(lambda self: self.model.bitmaps)
+    @rule(number=st.integers(0, 2))
+    def read_bitmap(self, number: int) -> None:
+        names = list(self.model.bitmaps)
+        self.assert_marked(names[number % len(names)])
+
+    def assert_marked(self, name: str) -> None:
+        model, found = self.model.bitmaps[name], BitmapModel(self.model.bitmaps[name].granularity)
+        for batch in qcowlib.dirty_extents(self.opened, name):
+            for start, length in zip(batch.start.tolist(), batch.length.tolist(), strict=True):
+                found.mark(start, length)
+        assert found.bits == model.bits, f"{name}: {sorted(found.bits ^ model.bits)[:5]} differ"
 
     @rule(offset=offsets, length=lengths)
     def read(self, offset: int, length: int) -> None:
@@ -238,6 +290,8 @@ class ImageProgram(RuleBasedStateMachine):
         try:
             if self.image is not None:
                 snapshots = [(entry.id, entry.name) for entry in self.opened.snapshots]
+                for name in self.model.bitmaps:
+                    self.assert_marked(name)
                 self.opened.close()
                 StockView(self.path, self.encryption).assert_holds(self.model, snapshots)
                 if self.options.get("data_file_raw"):
