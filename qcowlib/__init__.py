@@ -59,7 +59,8 @@ if TYPE_CHECKING:
         remove_bitmap,
     )
     from qcowlib.operations.check import check
-    from qcowlib.operations.commit import allocated_bytes, commit
+    from qcowlib.operations.compact import compact_image
+    from qcowlib.operations.commit import allocated_bytes, commit, make_empty
     from qcowlib.operations.compare import Comparison, NotComparable, Outcome, compare
     from qcowlib.operations.convert import convert
     from qcowlib.operations.difference import ChangeKind, ChangeTable, changed_extents, difference
@@ -132,6 +133,7 @@ __all__ = [
     "check",
     "clear_bitmap",
     "commit",
+    "compact_image",
     "compare",
     "convert",
     "copy_bitmaps",
@@ -145,6 +147,7 @@ __all__ = [
     "disable_bitmap",
     "enable_bitmap",
     "image_space",
+    "make_empty",
     "map_image",
     "merge_bitmap",
     "open_image",
@@ -176,7 +179,8 @@ _MODULES = {
         "enable_bitmap", "merge_bitmap", "remove_all_bitmaps", "remove_bitmap",
     ),
     "qcowlib.operations.check": ("check",),
-    "qcowlib.operations.commit": ("allocated_bytes", "commit"),
+    "qcowlib.operations.compact": ("compact_image",),
+    "qcowlib.operations.commit": ("allocated_bytes", "commit", "make_empty"),
     "qcowlib.operations.compare": ("Comparison", "NotComparable", "Outcome", "compare"),
     "qcowlib.operations.convert": ("convert",),
     "qcowlib.operations.difference": ("ChangeKind", "ChangeTable", "changed_extents", "difference"),

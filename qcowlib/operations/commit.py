@@ -8,8 +8,8 @@ The layers above the base are only read. Writing the same bytes again does no ha
 simply done again; until it is finished the overlay shows the right content, because it covers every byte that was
 changed in the base. It may be removed or emptied after that: from then on the base has it all.
 
-Other overlays on the same base see other content afterwards; so do the layers between. The caller must know that
-nobody uses them.
+Other overlays on the same base see other content afterwards; so do the layers between, and what an internal snapshot
+of the overlay leaves to its backing file. The caller must know that nobody uses them.
 
 Source: QEMU 7.2, `qemu-img commit`.
 """

@@ -7,7 +7,7 @@
     the first sector, which points to the name -> flush
 
 Until the last write the image shows the old chain, from then on the new one; both read alike. A rebase that was cut
-off is simply done again.
+off is simply done again. What an internal snapshot of the image leaves to its backing file is read from the new one.
 
 Source: QEMU 7.2, `qemu-img rebase`, compression from QEMU 8.2. As there, what lies behind the end of the old backing
 file becomes zero clusters, other zeroes data.
