@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from snapshot import active, agent, inactive, merge, migration, records, restart, standing
+from snapshot import active, agent, copies, inactive, merge, migration, records, restart, standing
 from snapshot.session import Session
 
 
@@ -55,6 +55,8 @@ ACTIONS = {
     "reset": Action(active.reset),
     "drop-nodes": Action(active.drop_nodes),
     "settle": Action(active.settle),
+    "copy-state": Action(copies.copy_state, active.unmake_overlay),
+    "part": Action(restart.part, restart.unpart),
     "start": Action(restart.start, restart.end_started),
     "take-over": Action(restart.take_over),
     "let-go": Action(inactive.let_go),

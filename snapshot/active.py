@@ -17,7 +17,7 @@ from snapshot.blockgraph import BlockGraph
 from snapshot.errors import DomainSnapshotError, QmpError
 from snapshot.jobs import run_commit, run_job, wait_for_job
 from snapshot.journal import sync_directory
-from snapshot.plan import add_node_command, transaction_command
+from snapshot.plan import add_base_command, add_node_command, reopen_command, transaction_command
 from snapshot.qmp import Qmp
 from snapshot.session import Session
 
@@ -33,29 +33,38 @@ def execute(qmp: Qmp, command: dict[str, Any], deadline: float | None = None) ->
 def make_overlay(session: Session, arguments: Arguments) -> None:
     """Make an empty qcow2 file on a base that may be in use; owner and mode are the base's."""
     path, base = arguments["path"], arguments["backing"]
+    make_file_like(session, path, base)
+    qcowlib.create_overlay(path, base, backing_fmt=arguments["format"], size=arguments["size"], check_backing=False)
+    sync(path)
+
+
+def make_file_like(session: Session, path: str, model: str) -> None:
+    """Make an empty file with the owner and the mode of another one.
+
+    Raises:
+        DomainSnapshotError: something of that name is there, and is left alone.
+    """
     try:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except OSError as error:
         session.foreign.add(path)
         raise DomainSnapshotError(f"cannot make '{path}': {error.strerror}") from error
     try:
-        status = os.stat(base)
+        status = os.stat(model)
         with contextlib.suppress(PermissionError):
             os.fchown(descriptor, status.st_uid, status.st_gid)
         os.fchmod(descriptor, status.st_mode & 0o777)
     finally:
         os.close(descriptor)
-    qcowlib.create_overlay(path, base, backing_fmt=arguments["format"], size=arguments["size"], check_backing=False)
-    sync(path)
 
 
 def unmake_overlay(session: Session, arguments: Arguments) -> None:
-    """Remove the overlay, unless somebody uses it, or it is none of ours."""
+    """Remove the overlay (or the copy of a state), unless somebody uses it, or it is none of ours."""
     path = arguments["path"]
     if not os.path.exists(path) or path in session.foreign:
         return
     if not offline.is_fresh_overlay(path, arguments["backing"]):
-        raise DomainSnapshotError(f"'{path}' is not the overlay that was to be made: it stays")
+        raise DomainSnapshotError(f"'{path}' is not the image that was to be made: it stays")
     if session.alive() and BlockGraph.query(session.qmp).find(path) is not None:
         raise DomainSnapshotError(f"'{path}' is still used by QEMU")
     if os.path.getsize(path):
@@ -93,8 +102,8 @@ def cont(session: Session, arguments: Arguments) -> None:  # noqa: ARG001
 
 
 def ensure_running(session: Session, arguments: Arguments) -> None:  # noqa: ARG001
-    """Undo of `stop`: a guest that ran before runs."""
-    if session.was_running and session.alive():
+    """Undo of `stop`: a guest that ran before runs; not while its disks may hold anything else than it knows."""
+    if session.was_running and not session.parted and session.alive():
         cont(session, {})
 
 
@@ -118,8 +127,9 @@ def undo_disks(session: Session, arguments: Arguments) -> None:
         if graph.child(one["overlay"], "backing") == one["node"]:
             run_commit(session, f"ds-{arguments['token']}-back{number}", one["overlay"], one["node"])
     for one in arguments["internal"]:
-        if one["name"] in stored_names(graph, one["node"]):
-            arguments_ = {"device": one["node"], "name": one["name"]}
+        node = node_of(graph, one["node"], one["path"])
+        if one["name"] in stored_names(graph, node):
+            arguments_ = {"device": node, "name": one["name"]}
             session.qmp.execute("blockdev-snapshot-delete-internal-sync", arguments_)
 
 
@@ -184,14 +194,17 @@ def unload_internal(session: Session, arguments: Arguments) -> None:
 
 
 def nodes_of(session: Session, arguments: Arguments) -> list[str]:
-    """The nodes of a step's files: as planned, or looked for in a QEMU that the plan did not know yet."""
-    if arguments["nodes"]:
-        return list(arguments["nodes"])
+    """The nodes of a step's files: as planned, or what QEMU has them open as since."""
     graph = BlockGraph.query(session.qmp)
-    found = [graph.find(path) for path in arguments["paths"]]
-    if None in found:
-        raise DomainSnapshotError(f"QEMU does not have '{arguments['paths'][found.index(None)]}' open")
-    return [node for node in found if node is not None]
+    return [node_of(graph, node, path) for node, path in zip(arguments["nodes"], arguments["paths"], strict=True)]
+
+
+def node_of(graph: BlockGraph, node: str, path: str) -> str:
+    """A node, or the one that has its file open now that it is gone."""
+    found = node if node in graph else graph.find(path)
+    if found is None:
+        raise DomainSnapshotError(f"QEMU does not have '{path}' open")
+    return found
 
 
 def _load(session: Session, arguments: Arguments, name: str, job: str) -> None:
@@ -230,8 +243,8 @@ def swap(session: Session, arguments: Arguments) -> None:
         for one in arguments["disks"]
     ]
     session.qmp.execute("transaction", {"actions": actions})
-    frozen = {one["node"]: graph.find(one["frozen"]) for one in arguments["disks"]}
-    _reopen(session, {node: base or "" for node, base in frozen.items()})
+    below = {one["node"]: node_of(graph, "", one["frozen"]) for one in arguments["disks"]}
+    execute(session.qmp, reopen_command(below))
 
 
 def unswap(session: Session, arguments: Arguments) -> None:
@@ -243,29 +256,29 @@ def unswap(session: Session, arguments: Arguments) -> None:
         below = graph.child(one["node"], "backing")
         if below is None:
             continue
-        if below != one["top"]:
-            if one["top"] not in graph:
-                file = {"driver": "file", "filename": one["path"]}
-                options = {"driver": one["format"], "node-name": one["top"], "file": file}
-                session.qmp.execute("blockdev-add", options)
-            _reopen(session, {one["node"]: one["top"]})
-        run_commit(session, f"ds-{arguments['token']}-back{number}", one["node"], one["top"])
+        top = one["top"] if one["top"] in graph else graph.find(one["path"])
+        if top is None:  # QEMU closes a node of its own naming with its last user, and takes no name like it
+            top = f"{one['node']}-p"
+            options = {"driver": one["format"], "node-name": top, "file": _file_options(graph, one)}
+            session.qmp.execute("blockdev-add", options)
+        if below != top:
+            execute(session.qmp, reopen_command({one["node"]: top}))
+        run_commit(session, f"ds-{arguments['token']}-back{number}", one["node"], top)
 
 
-def _reopen(session: Session, backing: dict[str, str]) -> None:
-    """Change the backing nodes of overlays, all or none."""
-    options = [
-        {"driver": "qcow2", "node-name": node, "file": f"{node}-f", "backing": base} for node, base in backing.items()
-    ]
-    session.qmp.execute("blockdev-reopen", {"options": options})
+def _file_options(graph: BlockGraph, one: dict[str, Any]) -> dict[str, Any]:
+    """How a disk's file is opened again: with the cache options that its new overlay has got from it."""
+    cache = graph.node(one["node"]).get("cache", {})
+    options: dict[str, Any] = {"driver": "file", "filename": one["path"], "discard": "unmap"}
+    if cache:
+        options["cache"] = {"direct": cache["direct"], "no-flush": cache["no-flush"]}
+    return options
 
 
 def add_base(session: Session, arguments: Arguments) -> None:
     """Let QEMU open an older file with all below it, read-only, if it has not done so already."""
     if BlockGraph.query(session.qmp).find(arguments["path"]) is None:
-        file = {"driver": "file", "filename": arguments["path"]}
-        options = {"driver": arguments["format"], "node-name": arguments["node"], "file": file, "read-only": True}
-        session.qmp.execute("blockdev-add", options)
+        execute(session.qmp, add_base_command(**arguments))
 
 
 def drop_nodes(session: Session, arguments: Arguments) -> None:

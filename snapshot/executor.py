@@ -13,7 +13,7 @@ import contextlib
 import os
 import secrets
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from snapshot import (
     active,
@@ -22,6 +22,7 @@ from snapshot import (
     migration,
     plan_delete,
     plan_revert,
+    plan_revert_reasons,
     records,
 )
 from snapshot.actions import ACTIONS
@@ -37,6 +38,7 @@ from snapshot.model import (
     SnapshotRequest,
 )
 from snapshot.plan import Resolved, resolve, steps
+from snapshot.plan_revert_request import Way, after_keeping
 from snapshot.qmp import Qmp, listening
 from snapshot.session import Progress, Session, Store
 from snapshot.step import Step
@@ -73,17 +75,34 @@ def create(
         DomainSnapshotError, QcowError: it failed, and everything was undone.
     """
     with _exclusive(catalog, wait, dry_run=dry_run) as journal:
-        return _create(domain, catalog, journal, request, dry_run, progress)
+        taking = _taking(domain, catalog, journal, request, dry_run, progress)
+        if dry_run:
+            return taking.plan
+        session = _session(domain, catalog, journal, taking.resolved.facts, progress)
+        session.draft = taking.draft
+        run(session, _operation("create", request.name, domain, taking.resolved.facts, taking.token, taking.plan))
+        return session.draft
 
 
-def _create(
+@dataclass(frozen=True)
+class _Taking:
+    """A snapshot that nothing is against."""
+
+    resolved: Resolved
+    token: str
+    plan: list[Step]
+    draft: DomainSnapshot
+
+
+def _taking(
     domain: Domain,
     catalog: Store,
     journal: Journal,
     request: SnapshotRequest,
     dry_run: bool,
     progress: Progress | None,
-) -> DomainSnapshot | list[Step]:
+) -> _Taking:
+    """Plan a snapshot. Raises NotPossible."""
     layers = journal.layers()
     facts = domain.facts(layers)
     resolved = resolve(request, facts, journal.made())
@@ -92,22 +111,14 @@ def _create(
         # Once an operation has begun, an agent that is not there could not be asked to thaw either.
         problem = agent.problem(facts.agent_socket)
         against += [] if problem is None else [problem]
-    if against:
-        raise NotPossible(f"create snapshot '{request.name}'", against)
+    _refuse(f"create snapshot '{request.name}'", against)
     if resolved.liveness is Liveness.BACKGROUND and isinstance(domain, ActiveDomain):
         resolved = _background_or_live(domain, resolved, dry_run, progress)
     token = secrets.token_hex(4)
-    plan = steps(resolved, token)
     current = catalog.current
     undo = {"current": current, "layers_before": layers}
-    plan = [replace(s, arguments=s.arguments | undo) if s.action == "record" else s for s in plan]
-    if dry_run:
-        return plan
-    session = _session(domain, catalog, journal, facts, progress)
-    session.draft = records.draft(resolved, current)
-    run(session, _operation("create", request.name, domain, facts, token, plan))
-    assert session.draft is not None
-    return session.draft
+    plan = [replace(s, arguments=s.arguments | undo) if s.action == "record" else s for s in steps(resolved, token)]
+    return _Taking(resolved, token, plan, records.draft(resolved, current))
 
 
 def revert(
@@ -135,32 +146,27 @@ def revert(
         NoSuchDomainSnapshot, NotPossible, DomainBusy, RecoverNeeded: nothing was touched.
         RecoverNeeded: also when it took effect, but its last steps failed.
         UndoFailed: it failed, and could not be undone wholly.
-        DomainSnapshotError, QcowError: it failed, and everything was undone; the safety snapshot stays.
+        DomainSnapshotError, QcowError: it failed, and everything was undone, the safety snapshot included.
     """
     with _exclusive(catalog, wait, dry_run=dry_run) as journal:
         snapshot = gather.find(catalog, name, domain.facts(journal.layers()))
         request = gather.revert_request(domain, catalog, journal, snapshot, options)
-        _refuse(f"revert to '{name}'", plan_revert.reasons(request))
-        safety: list[Step] = []
-        if not options.discard_current:
-            keep = gather.safety_request(request)
-            taken = _create(domain, catalog, journal, keep, dry_run, progress)
-            if isinstance(taken, list):
-                safety = taken
-            else:
-                request = gather.revert_request(domain, catalog, journal, snapshot, options)
-                _refuse(f"revert to '{name}'", plan_revert.reasons(request))
-        plan = plan_revert.steps(request)
-        if dry_run:
-            return [*safety, *plan]
+        _refuse(f"revert to '{name}'", plan_revert_reasons.reasons(request))
         session = _session(domain, catalog, journal, request.facts, progress)
-        try:
-            run(session, _operation("revert", name, domain, request.facts, request.token, plan))
-        except DomainSnapshotError:
-            if progress is not None and not options.discard_current:
-                progress(f"the state before is in the snapshot '{request.current}' as well", 0, 0)
-            raise
-        if isinstance(domain, ActiveDomain) and request.way is plan_revert.Way.RESTART:
+        plan: list[Step] = []
+        if not options.discard_current:
+            keeping = _taking(domain, catalog, journal, gather.safety_request(request), dry_run, progress)
+            session.draft = keeping.draft
+            # One operation: what fails later undoes this too.
+            plan = [replace(step, commits=False) for step in keeping.plan]
+            if not request.facts.active:
+                plan.append(Step("let-go", {}, "give the images free"))
+            request = after_keeping(request, keeping.resolved, keeping.token)
+        plan += plan_revert.steps(request)
+        if dry_run:
+            return plan
+        run(session, _operation("revert", name, domain, request.facts, request.token, plan))
+        if isinstance(domain, ActiveDomain) and request.way is Way.RESTART:
             domain.qmp = Qmp(domain.qmp.path)
         return snapshot
 
@@ -326,6 +332,7 @@ def _undo(session: Session, operation: Operation, begun: set[int]) -> list[str]:
     After a failure only those go on that touch no file of a disk: the rest may depend on what failed.
     """
     failures: list[str] = []
+    session.parted = any(operation.steps[index].action == "part" for index in begun)
     broken = False
     for index in sorted(begun, reverse=True):
         step = operation.steps[index]

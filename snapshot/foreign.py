@@ -69,11 +69,11 @@ def _entries(disk: DiskFacts, known: Iterable[DomainSnapshot]) -> Iterator[_Foun
     for path in others:
         if os.path.realpath(path) not in seen:
             seen.add(os.path.realpath(path))
-            for entry in _stored(path):
+            for entry in stored_in(path):
                 yield _Found(path, entry)
 
 
-def _stored(path: str) -> list[StoredSnapshot]:
+def stored_in(path: str) -> list[StoredSnapshot]:
     """The snapshot table of a file; empty for one that has none or cannot be read."""
     try:
         with qcowlib.open_image(path, format="qcow2", open_backing=False, force_share=True) as image:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections.abc import Mapping, Sequence
 
 import qcowlib
-from snapshot import offline, plan_delete, plan_revert
-from snapshot.domain import ActiveDomain, Domain, DomainFacts, backing_path, backing_paths
+from snapshot import offline, plan_delete
+from snapshot.copies import state_facts
+from snapshot.domain import ActiveDomain, Domain, DomainFacts, StoredSnapshot, backing_path, backing_paths, same_file
 from snapshot.errors import NoSuchDomainSnapshot
-from snapshot.foreign import found_in_files
+from snapshot.foreign import found_in_files, stored_in
 from snapshot.journal import Journal
 from snapshot.model import (
     DeleteOptions,
@@ -21,6 +23,7 @@ from snapshot.model import (
     name_from_time,
 )
 from snapshot.plan import PathFacts
+from snapshot.plan_revert_request import RevertRequest
 from snapshot.session import Store
 
 
@@ -78,14 +81,19 @@ def find(catalog: Store, name: str, facts: DomainFacts) -> DomainSnapshot:
 
 def revert_request(
     domain: Domain, catalog: Store, journal: Journal, snapshot: DomainSnapshot, options: RevertOptions
-) -> plan_revert.RevertRequest:
+) -> RevertRequest:
     """What a revert depends on."""
     layers = journal.layers()
     facts, description = domain.facts(layers), domain.description
-    files = [disk.file for disk in snapshot.disks if disk.mode is not DiskMode.NO]
+    disks = [disk for disk in snapshot.disks if disk.mode is not DiskMode.NO]
+    files = [disk.file for disk in disks]
     known = known_files(catalog, facts)
     wanted = [*files, snapshot.memory.file] if options.disks is None else files
-    return plan_revert.RevertRequest(
+    dependents = {path: offline.dependents(path, known) for path in files}
+    frozen = {d.file for one in catalog.load() for d in one.disks if d.mode is DiskMode.EXTERNAL}
+    tops = {one.disk.path: one.snapshots for one in facts.disks}
+    inside = [disk for disk in disks if disk.mode is DiskMode.INTERNAL and os.path.exists(disk.file)]
+    return RevertRequest(
         snapshot=snapshot,
         facts=facts,
         options=options,
@@ -97,10 +105,28 @@ def revert_request(
         current=catalog.current,
         token=secrets.token_hex(4),
         directory=journal.directory,
-        dependents={path: offline.dependents(path, known) for path in files},
+        dependents=dependents,
+        frozen=frozen,
+        stored={disk.file: _stored(disk.file, tops) for disk in inside},
+        states={
+            disk.file: state_facts(disk.file, disk.internal_name or snapshot.name, _free(disk.file))
+            for disk in inside
+            if dependents[disk.file] or disk.file in frozen or not any(same_file(disk.file, top) for top in tops)
+        },
         missing=[path for path in wanted if path is not None and not os.path.exists(path)],
         stems={path: _stem(path, journal.made()) for path in files},
     )
+
+
+def _stored(path: str, tops: Mapping[str, Sequence[StoredSnapshot]]) -> Sequence[StoredSnapshot]:
+    """The internal snapshots in a file, as QEMU says where it writes the file."""
+    found = [snapshots for top, snapshots in tops.items() if same_file(path, top)]
+    return found[0] if found else stored_in(path)
+
+
+def _free(path: str) -> int:
+    status = os.statvfs(os.path.dirname(path) or ".")
+    return status.f_bavail * status.f_frsize
 
 
 def _stem(path: str, made: set[str]) -> str:
@@ -123,7 +149,7 @@ def known_files(catalog: Store, facts: DomainFacts) -> set[str]:
     return files
 
 
-def safety_request(request: plan_revert.RevertRequest) -> SnapshotRequest:
+def safety_request(request: RevertRequest) -> SnapshotRequest:
     """Keep the present state in a way that leaves the files that the revert needs alone."""
     name = request.options.safety_name or name_from_time("before-revert")
     inside = any(disk.mode is DiskMode.INTERNAL for disk in request.chosen)

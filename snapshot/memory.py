@@ -67,18 +67,18 @@ def export_memory(
     return facts
 
 
-def copy_vmstate(image: int, snapshot: str, target: BinaryIO, progress: Progress) -> None:
+def copy_vmstate(image: int | str, snapshot: str, target: BinaryIO, progress: Progress) -> None:
     """Copy the vm state of an internal snapshot into a file that is open.
 
     Args:
-        image: descriptor of the qcow2 file.
+        image: descriptor of the qcow2 file; or its path, and then others may have it in use.
         snapshot: id or name in it.
         target: the file; written from where it stands.
         progress: called with the bytes written and the bytes in all; what it raises ends the copy.
 
     Raises: MemoryFileError: no vm state, or one that is no whole migration stream. OSError: the file cannot be written.
     """
-    with _vmstate(image, snapshot, force_share=False) as (stream, name):
+    with _vmstate(image, snapshot, force_share=isinstance(image, str)) as (stream, name):
         facts = _whole(stream, name)
         stream.seek(0)
         _copy(stream, target, facts.size, progress)

@@ -72,14 +72,16 @@ def apply_internal(path: str, name: str) -> None:
             qcowlib.apply_snapshot(image, next(stored for stored in image.snapshots if stored.name == name))
 
 
-def is_fresh_overlay(path: str, base: str) -> bool:
-    """Whether a file is an overlay on a base, or the beginning of one (its header is written last)."""
+def is_fresh_overlay(path: str, base: str | None) -> bool:
+    """Whether a file is an image on a base (or on none), or the beginning of one (its header is written last)."""
     with open(path, "rb") as file:
         magic = file.read(4)
     if magic.strip(b"\0") == b"":
         return True
-    below = backing_path(path) if magic == b"QFI\xfb" else None
-    return below is not None and same_file(below, base)
+    if magic != b"QFI\xfb":
+        return False
+    below = backing_path(path)
+    return below is base if below is None or base is None else same_file(below, base)
 
 
 def dependents(path: str, known: Iterable[str]) -> list[str]:

@@ -7,7 +7,7 @@ Resolved, if nothing is against it (snapshot.against) -> steps
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -239,6 +239,20 @@ def add_node_command(node: str, path: str, **options: Any) -> dict[str, Any]:  #
     """The command that opens an overlay without its backing file."""
     file = {"driver": "file", "filename": path, "node-name": f"{node}-f", **options}
     return qmp_command("blockdev-add", driver="qcow2", node_name=node, file=file, backing=None)
+
+
+def add_base_command(path: str, image_format: str, node: str) -> dict[str, Any]:
+    """The command that opens an older file with all below it, read-only."""
+    file = {"driver": "file", "filename": path}
+    return qmp_command("blockdev-add", driver=image_format, node_name=node, file=file, read_only=True)
+
+
+def reopen_command(backing: Mapping[str, str]) -> dict[str, Any]:
+    """The command that puts overlays (of `add_node_command`) on other nodes, all or none."""
+    options = [
+        {"driver": "qcow2", "node-name": node, "file": f"{node}-f", "backing": below} for node, below in backing.items()
+    ]
+    return qmp_command("blockdev-reopen", options=options)
 
 
 def memory_first(disks: list[DiskFacts]) -> list[DiskFacts]:

@@ -1,111 +1,25 @@
-"""Planning a revert: a snapshot, the state of the domain and what is wanted give the reasons against it, or the steps.
-
-    LOAD      active, memory and disks in the qcow2 files: QEMU loads them, with a way back saved right before
-    SWAP      active, disks external: new overlays on the frozen files under the running devices, then a reset
-    RESTART   memory in a file (or inactive, in the qcow2): a new QEMU by the domain's command, with incoming memory
-    OFFLINE   inactive, disks alone
-
-Nothing that others are based on is changed: a frozen file gets a new overlay, an internal snapshot is applied only to a
-file that no overlay needs.
-"""
+"""The steps of a revert that nothing is against, by the way that it takes (see `plan_revert_request`). No I/O."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from enum import Enum
+import shlex
+from collections.abc import Iterator
 from typing import Any
 
-from snapshot.against import against_state
-from snapshot.domain import DiskFacts, DomainFacts, same_file
-from snapshot.model import DiskMode, DiskSnapshot, DomainSnapshot, DomainState, MemoryMode, RevertOptions
-from snapshot.plan import add_node_step, memory_first, save_internal_step
+from snapshot.domain import DiskFacts
+from snapshot.model import DiskSnapshot, MemoryMode
+from snapshot.plan import (
+    MEMORY_BANDWIDTH,
+    add_base_command,
+    add_node_step,
+    memory_first,
+    reopen_command,
+    save_internal_step,
+)
+from snapshot.plan_revert_request import RevertRequest, Way
 from snapshot.restart import fill_command
 from snapshot.step import Step, qmp_command
-
-
-class Way(Enum):
-    """How a domain goes back."""
-
-    LOAD = "load"
-    SWAP = "swap"
-    RESTART = "restart"
-    OFFLINE = "offline"
-
-
-@dataclass(frozen=True)
-class RevertRequest:
-    """Everything that a revert depends on.
-
-    Attributes:
-        snapshot, facts, options: what, from where, how.
-        described: path of each disk in the domain's description, by target.
-        command: the domain's start command; empty when it is not known.
-        folder: the directory in which it is run; None: the present one.
-        socket: path of its QMP socket.
-        layers: paths of the active layers as the journal has them.
-        current: name of the current snapshot.
-        token: for names.
-        directory: of the catalog.
-        dependents: for each of the snapshot's files, the files that are based on it.
-        missing: files of the snapshot that are not there.
-        stems: for each of the snapshot's files, what new files above it are named after.
-    """
-
-    snapshot: DomainSnapshot
-    facts: DomainFacts
-    options: RevertOptions
-    described: Mapping[str, str]
-    command: Sequence[str]
-    socket: str | None
-    layers: Mapping[str, str]
-    current: str | None
-    token: str
-    directory: str
-    dependents: Mapping[str, Sequence[str]]
-    missing: Sequence[str]
-    stems: Mapping[str, str]
-    folder: str | None = None
-
-    @property
-    def chosen(self) -> list[DiskSnapshot]:
-        """The disks to revert."""
-        wanted = self.options.disks
-        disks = [disk for disk in self.snapshot.disks if disk.mode is not DiskMode.NO]
-        return disks if wanted is None else [disk for disk in disks if disk.target in wanted]
-
-    @property
-    def memory(self) -> MemoryMode:
-        """The memory to revert; none when disks were chosen."""
-        return self.snapshot.memory.mode if self.options.disks is None else MemoryMode.NO
-
-    @property
-    def way(self) -> Way:
-        """How the domain goes back."""
-        if self.memory is MemoryMode.EXTERNAL or (self.memory is MemoryMode.INTERNAL and not self.facts.active):
-            return Way.RESTART
-        if self.memory is MemoryMode.INTERNAL:
-            return Way.LOAD
-        return Way.SWAP if self.facts.active else Way.OFFLINE
-
-    def new_layer(self, disk: DiskSnapshot) -> str:
-        """The file that a disk goes on with."""
-        if disk.mode is DiskMode.INTERNAL:
-            return disk.file
-        return f"{self.stems[disk.file]}.{self.snapshot.name}-{self.token}.qcow2"
-
-
-def reasons(request: RevertRequest) -> list[str]:
-    """Everything that is against a revert; empty when it can be done."""
-    return [
-        *_against_choice(request),
-        *_against_files(request),
-        *(against_state(request.facts) if request.facts.active else _against_inactive(request)),
-        *(_against_load(request) if request.memory is MemoryMode.INTERNAL else ()),
-        *(_against_swap(request) if request.way is Way.SWAP else ()),
-        *(_against_restart(request) if request.way is Way.RESTART else ()),
-    ]
 
 
 def steps(request: RevertRequest) -> list[Step]:
@@ -114,196 +28,101 @@ def steps(request: RevertRequest) -> list[Step]:
     return list(makers[request.way](request))
 
 
-def _against_choice(request: RevertRequest) -> Iterator[str]:
-    have = {disk.target for disk in request.snapshot.disks if disk.mode is not DiskMode.NO}
-    for target in request.options.disks or ():
-        if target not in have:
-            yield f"the snapshot has no disk '{target}'"
-    domain = request.facts.by_target()
-    for disk in request.chosen:
-        if disk.target not in domain:
-            yield f"the domain has no disk '{disk.target}' any more"
-    if request.memory is not MemoryMode.NO:
-        for facts in request.facts.disks:
-            if facts.disk.target not in have and not facts.disk.read_only:
-                yield f"disk {facts.disk.target} can be written and is not in the snapshot: it would not fit the memory"
-
-
-def _against_files(request: RevertRequest) -> Iterator[str]:
-    for path in request.missing:
-        yield f"'{path}' is missing"
-    for disk in request.chosen:
-        based = request.dependents.get(disk.file, ())
-        facts = request.facts.by_target().get(disk.target)
-        if disk.mode is DiskMode.INTERNAL and based:
-            yield (
-                f"disk {disk.target}: '{based[0]}' is based on '{disk.file}', which holds the internal snapshot: going "
-                "back inside that file would destroy what is based on it"
-            )
-        if disk.mode is DiskMode.EXTERNAL and facts is not None and same_file(facts.disk.path, disk.file):
-            yield f"disk {disk.target} is in use as '{disk.file}' itself, which the snapshot had frozen"
-
-
-def _against_inactive(request: RevertRequest) -> Iterator[str]:
-    for facts in request.facts.disks:
-        if facts.in_use is not None:
-            yield f"disk {facts.disk.target} is in use by {facts.in_use}; give its QMP socket, or shut the domain down"
-        if facts.damaged is not None:
-            yield f"disk {facts.disk.target}: {facts.damaged}"
-        if facts.bitmaps and any(
-            disk.target == facts.disk.target and disk.mode is DiskMode.INTERNAL for disk in request.chosen
-        ):
-            yield f"disk {facts.disk.target} has the dirty bitmap '{facts.bitmaps[0]}', which would not fit any more"
-    if request.way is Way.OFFLINE and request.options.running:
-        yield "the snapshot has no memory to go on running with: revert, then start the domain"
-
-
-def _against_load(request: RevertRequest) -> Iterator[str]:
-    """What QEMU's load would find out too late, or never."""
-    name = request.snapshot.name
-    for disk in request.chosen:
-        facts = request.facts.by_target().get(disk.target)
-        if facts is None:
-            continue
-        if not same_file(facts.disk.path, disk.file):
-            yield f"disk {disk.target} is on '{facts.disk.path}' now, and the snapshot is inside '{disk.file}'"
-            continue
-        if None not in (disk.place, facts.place) and disk.place != facts.place:
-            yield f"disk {disk.target} is a {facts.place} now, and was a {disk.place}: the memory would not fit it"
-        count = sum(stored.name == name for stored in facts.snapshots)
-        if count != 1:
-            yield f"disk {disk.target} has {count} internal snapshots '{name}', where one should be"
-        for bitmap in facts.bitmaps:
-            yield f"disk {disk.target} has the dirty bitmap '{bitmap}': QEMU would refuse half-way"
-    states = [
-        stored
-        for facts in request.facts.disks
-        for stored in facts.snapshots
-        if stored.name == name and stored.vm_state_size
-    ]
-    if len(states) != 1:
-        yield f"{len(states)} disks hold memory of the snapshot, where one should"
-    if request.facts.active:
-        yield from _against_machine(request)
-
-
-def _against_machine(request: RevertRequest) -> Iterator[str]:
-    memory, facts = request.snapshot.memory, request.facts
-    if memory.machine is not None and memory.machine != facts.machine:
-        yield f"the memory is of a {memory.machine}, and the domain is a {facts.machine}"
-    if memory.ram_size is not None and memory.ram_size != facts.ram_size:
-        yield f"the memory has {memory.ram_size} bytes of RAM, and the domain {facts.ram_size}"
-    if memory.devices and facts.devices and memory.devices != facts.devices:
-        gone = sorted(set(memory.devices) - set(facts.devices))
-        new = sorted(set(facts.devices) - set(memory.devices))
-        yield f"the devices differ: missing {', '.join(gone) or 'none'}; new {', '.join(new) or 'none'}"
-
-
-def _against_swap(request: RevertRequest) -> Iterator[str]:
-    for disk in request.chosen:
-        if disk.mode is DiskMode.INTERNAL:
-            yield (
-                f"disk {disk.target} has an internal snapshot without memory, which a running QEMU cannot go back to: "
-                "shut the domain down first"
-            )
-    if (request.facts.version or (0,)) < (6, 1):
-        yield "going back on a running domain needs QEMU 6.1 (blockdev-reopen)"
-
-
-def _against_restart(request: RevertRequest) -> Iterator[str]:
-    if not request.command:
-        yield "the memory can only be loaded by a new QEMU, and the domain's start command is not known"
-        return
-    text = "\n".join(request.command)
-    if "{qmp}" not in text or request.socket is None:
-        yield "the start command has no place for the QMP socket ({qmp}), or the socket is not known"
-    if "{incoming}" not in request.command:
-        yield "the start command has no argument {incoming}"
-    for disk in request.chosen:
-        described = request.described.get(disk.target)
-        moved = described is None or not same_file(described, request.new_layer(disk))
-        if moved and f"{{disk:{disk.target}}}" not in text:
-            yield f"the start command has no {{disk:{disk.target}}}, and the disk's file is another one afterwards"
-    if request.facts.active and any(disk.mode is DiskMode.INTERNAL for disk in request.chosen):
-        yield "going back to a memory file together with internal disk snapshots needs the domain shut down first"
-
-
 def _load_steps(request: RevertRequest) -> Iterator[Step]:
+    """Save the present state, load the wanted one, forget the saved one."""
     facts = memory_first([request.facts.by_target()[disk.target] for disk in request.chosen])
-    yield from _load_with_way_back(request, facts, [one.node for one in facts])
+    name, way_back = request.snapshot.name, f"ds-{request.token}"
+    paths, nodes = [one.disk.path for one in facts], [one.node for one in facts]
+    yield from _stop_steps(request)
+    save = save_internal_step(way_back, facts, request.token)
+    yield Step(save.action, save.arguments, "save the present state as the way back", save.commands, undo="delete it")
+    arguments = {"name": name, "way_back": way_back, "nodes": nodes, "paths": paths, "job": f"ds-{request.token}-load"}
+    holding = next((one.node for one in facts if _holds_memory(one, name)), nodes[0])
+    command = qmp_command("snapshot-load", job_id=arguments["job"], tag=name, vmstate=holding, devices=nodes)
+    yield Step("load-internal", arguments, f"load memory and disks of '{name}'", (command,), undo="load the way back")
+    yield _switch_step(request)
+    yield _drop_step(way_back, dict(zip(paths, nodes, strict=True)))
     yield _settle_step(request)
 
 
-def _load_with_way_back(request: RevertRequest, facts: list[DiskFacts], nodes: list[str]) -> Iterator[Step]:
-    """Save the present state, load the wanted one, forget the saved one."""
-    way_back, paths = f"ds-{request.token}", [one.disk.path for one in facts]
-    if request.facts.run_state == "running":
-        yield Step("stop", {}, "stop the guest", (qmp_command("stop"),), undo="resume it")
-    save = save_internal_step(way_back, facts, request.token)
-    yield Step(save.action, save.arguments | {"nodes": nodes}, "save the present state as the way back", save.commands,
-               undo="delete it")  # fmt: skip
-    arguments = {"name": request.snapshot.name, "way_back": way_back, "nodes": nodes, "paths": paths,
-                 "job": f"ds-{request.token}-load"}  # fmt: skip
-    command = qmp_command("snapshot-load", job_id=arguments["job"], tag=request.snapshot.name, devices=nodes)
-    text = f"load memory and disks of '{request.snapshot.name}'"
-    yield Step("load-internal", arguments, text, (command,), undo="load the way back")
-    yield _switch_step(request)
-    yield Step("drop-way-back", {"name": way_back, "paths": paths}, "delete the way back")
+def _holds_memory(facts: DiskFacts, name: str) -> bool:
+    return any(stored.name == name and stored.vm_state_size for stored in facts.snapshots)
 
 
 def _swap_steps(request: RevertRequest) -> Iterator[Step]:
     domain, disks = request.facts.by_target(), []
     old_nodes: list[str] = []
+    below: dict[str, str] = {}
     for number, disk in enumerate(request.chosen):
-        node, path = f"ds-{request.token}-{number}", request.new_layer(disk)
-        top = domain[disk.target]
-        yield _overlay_step(disk, path)
+        node, path, top = f"ds-{request.token}-{number}", request.new_layer(disk), domain[disk.target]
+        yield from _file_steps(request, disk)
         yield add_node_step(node, path, top.node)
-        yield Step(
-            "add-base",
-            {"path": disk.file, "format": disk.format, "node": f"{node}-b"},
-            f"let QEMU open '{disk.file}', if it has not",
-            undo="let QEMU close it",
-        )
+        frozen, frozen_format = request.bottom(disk)
+        opened = _opened(request, frozen)
+        arguments = {"path": frozen, "image_format": frozen_format, "node": f"{node}-b"}
+        below[node] = opened or f"{node}-b"
+        commands = () if opened else (add_base_command(**arguments),)
+        yield Step("add-base", arguments, f"let QEMU open '{frozen}', if it has not", commands,
+                   undo="let QEMU close it")  # fmt: skip
         old_nodes += [top.node, *top.chain_nodes]
         disks.append({"top": top.node, "path": top.disk.path, "format": top.disk.format, "node": node,
-                      "frozen": disk.file})  # fmt: skip
-    if request.facts.run_state == "running":
-        yield Step("stop", {}, "stop the guest", (qmp_command("stop"),), undo="resume it")
+                      "frozen": frozen})  # fmt: skip
+    yield from _stop_steps(request)
     actions = [{"type": "blockdev-snapshot", "data": {"node": d["top"], "overlay": d["node"]}} for d in disks]
-    commands = (qmp_command("transaction", actions=actions), qmp_command("blockdev-reopen", options=[]))
-    yield Step("swap", {"disks": disks, "token": request.token}, "put the new overlays under the devices", commands,
-               undo="put the present ones back", paused=True)  # fmt: skip
+    swap_commands = (qmp_command("transaction", actions=actions), reopen_command(below))
+    yield Step("swap", {"disks": disks, "token": request.token}, "put the new overlays under the devices",
+               swap_commands, undo="put the present ones back", paused=True)  # fmt: skip
     yield _switch_step(request)
     yield Step("reset", {}, "reset the guest", (qmp_command("system_reset"),))
-    yield Step("drop-nodes", {"nodes": old_nodes}, "let QEMU close the files that are no longer used")
+    closing = tuple(qmp_command("blockdev-del", node_name=node) for node in old_nodes)
+    yield Step("drop-nodes", {"nodes": old_nodes}, "let QEMU close the files that are no longer used", closing)
     yield _settle_step(request)
+
+
+def _opened(request: RevertRequest, path: str) -> str | None:
+    """The node of a file that a disk's chain has open already."""
+    for facts in request.facts.disks:
+        for name, node in zip((facts.disk.path, *facts.disk.backing_chain), (facts.node, *facts.chain_nodes),
+                              strict=False):  # fmt: skip
+            if os.path.abspath(name) == os.path.abspath(path):
+                return node
+    return None
 
 
 def _restart_steps(request: RevertRequest) -> Iterator[Step]:
-    internal = [disk for disk in request.chosen if disk.mode is DiskMode.INTERNAL]
-    external = [disk for disk in request.chosen if disk.mode is DiskMode.EXTERNAL]
-    from_file = request.memory is MemoryMode.EXTERNAL
-    for disk in external:
-        yield _overlay_step(disk, request.new_layer(disk))
-    way_back = f"ds-{request.token}"
-    if internal and from_file:
-        yield from _apply_steps(request, internal, way_back)
+    for disk in request.chosen:
+        yield from _file_steps(request, disk)
+    if request.parting:
+        yield _part_step(request)
+    elif request.facts.active:
+        yield from _stop_steps(request)
+    if request.inside:
+        yield _hold_step(request)
+        yield from _apply_steps(request)
         yield Step("let-go", {}, "give the images free for QEMU")
-    if request.facts.run_state == "running":
-        yield Step("stop", {}, "stop the guest", (qmp_command("stop"),), undo="resume it")
     start = _start_step(request)
     yield start
-    if not from_file:
-        facts = [request.facts.by_target()[disk.target] for disk in internal]
-        yield from _load_with_way_back(request, facts, [])
-    else:
-        yield _switch_step(request)
-    yield Step("take-over", start.arguments, "end the old QEMU, if there is one; take its socket's name")
-    if internal and from_file:
-        paths = [disk.file for disk in internal]
-        yield Step("drop-way-back", {"name": way_back, "paths": paths}, "delete the way back")
+    yield _switch_step(request)
+    ending = (qmp_command("quit"),) if request.facts.active else ()
+    yield Step("take-over", start.arguments, "end the old QEMU, if there is one; take its socket's name", ending)
+    if request.inside:
+        # The nodes of the new QEMU have the names that its command gives them.
+        yield _drop_step(f"ds-{request.token}", {disk.file: f"(node of '{disk.file}')" for disk in request.inside})
     yield _settle_step(request)
+
+
+def _part_step(request: RevertRequest) -> Step:
+    """A migration to nowhere: its end is where QEMU lets go of its disks; the memory stays in the process."""
+    arguments = {"path": os.devnull, "liveness": "paused", "max_bandwidth": request.facts.max_bandwidth,
+                 "capabilities": list(request.facts.capabilities)}  # fmt: skip
+    commands = (
+        *((qmp_command("stop"),) if request.facts.run_state == "running" else ()),
+        qmp_command("migrate-set-parameters", max_bandwidth=MEMORY_BANDWIDTH),
+        qmp_command("getfd", fdname="domsnap-memory"),
+        qmp_command("migrate", uri="fd:domsnap-memory"),
+    )
+    text = "stop the guest, and let its QEMU part from the disks; its memory stays where it is"
+    return Step("part", arguments, text, commands, undo="let QEMU take the disks back, and resume the guest")
 
 
 def _start_step(request: RevertRequest) -> Step:
@@ -315,72 +134,118 @@ def _start_step(request: RevertRequest) -> Step:
     for facts in request.facts.disks:
         target, path, image_format = facts.disk.target, facts.disk.path, facts.disk.format
         if target in chosen:
-            path = request.new_layer(chosen[target])
-            image_format = "qcow2"
+            path, image_format = request.new_layer(chosen[target]), "qcow2"
             sizes[path] = chosen[target].virtual_size
         elif not facts.disk.read_only:
             sizes[path] = None
         values |= {f"disk:{target}": path, f"format:{target}": image_format}
-    memory = request.snapshot.memory
-    from_file = memory.mode is MemoryMode.EXTERNAL
-    incoming = ["-S", "-incoming", "defer"] if from_file else ["-S"]
+    memory, with_memory = request.snapshot.memory, request.memory is not MemoryMode.NO
+    command = fill_command(request.command, values, ["-S", "-incoming", "defer"] if with_memory else ["-S"])
     arguments: dict[str, Any] = {
-        "command": fill_command(request.command, values, incoming),
+        "command": command,
         "folder": request.folder,
         "socket": socket,
         "final": final,
-        "memory": memory.file if from_file else None,
-        "machine": memory.machine,
-        "ram_size": memory.ram_size,
+        "memory": memory.file if with_memory else None,
+        "state": _state_with_memory(request),
+        "machine": memory.machine if with_memory else None,
+        "ram_size": memory.ram_size if with_memory else None,
         "sizes": sizes,
-        "places": {request.new_layer(disk): disk.place for disk in request.chosen},
+        "places": {request.new_layer(disk): disk.place for disk in request.chosen if with_memory},
         "log": os.path.join(request.directory, "start.log"),
         "pid_file": os.path.join(request.directory, "start.pid"),
     }
-    text = "start a QEMU with the guest standing" + (f", with the memory '{memory.file}'" if from_file else "")
-    return Step("start", arguments, text, undo="end it")
+    text = "start a QEMU with the guest standing, to begin anew"
+    commands: tuple[dict[str, Any], ...] = ()
+    if with_memory:
+        text = f"start a QEMU with the guest standing, with the memory in '{memory.file}'"
+        commands = (
+            qmp_command("getfd", fdname="domsnap-memory"),
+            qmp_command("migrate-incoming", uri="fd:domsnap-memory"),
+        )
+    return Step("start", arguments, text, commands, undo="end it", program=shlex.join(command))
+
+
+def _state_with_memory(request: RevertRequest) -> str | None:
+    """The name of the internal snapshot whose vm state is the memory; None when it has a file of its own."""
+    if request.memory is not MemoryMode.INTERNAL:
+        return None
+    file = request.snapshot.memory.file
+    return next((request.internal_name(d) for d in request.chosen if d.file == file), request.snapshot.name)
 
 
 def _offline_steps(request: RevertRequest) -> Iterator[Step]:
-    internal = [disk for disk in request.chosen if disk.mode is DiskMode.INTERNAL]
-    way_back = f"ds-{request.token}"
-    yield from _apply_steps(request, internal, way_back)
+    yield _hold_step(request)
+    yield from _apply_steps(request)
     for disk in request.chosen:
-        if disk.mode is DiskMode.EXTERNAL:
-            yield _overlay_step(disk, request.new_layer(disk))
+        yield from _file_steps(request, disk)
     yield _switch_step(request)
-    if internal:
+    if request.inside:
         yield Step("let-go", {}, "give the images free")
-        yield Step("drop-way-back", {"name": way_back, "paths": [d.file for d in internal]}, "delete the way back")
+        yield _drop_step(f"ds-{request.token}", {disk.file: None for disk in request.inside})
 
 
-def _apply_steps(request: RevertRequest, internal: list[DiskSnapshot], way_back: str) -> Iterator[Step]:
-    """Hold everything; save the present state of each file, then apply the snapshot to it."""
-    inside = {disk.file for disk in internal}
+def _stop_steps(request: RevertRequest) -> Iterator[Step]:
+    if request.facts.run_state == "running":
+        yield Step("stop", {}, "stop the guest", (qmp_command("stop"),), undo="resume it")
+
+
+def _hold_step(request: RevertRequest) -> Step:
+    inside = {disk.file for disk in request.inside}
     held = [{"path": path, "format": "qcow2", "writable": True} for path in sorted(inside)]
     held += [
         {"path": facts.disk.path, "format": facts.disk.format, "writable": False}
         for facts in request.facts.disks
         if facts.disk.path not in inside
     ]
-    yield Step("hold", {"disks": held}, "lock the images, so that the domain cannot start meanwhile")
-    for disk in internal:
+    return Step("hold", {"disks": held}, "lock the images, so that the domain cannot start meanwhile")
+
+
+def _apply_steps(request: RevertRequest) -> Iterator[Step]:
+    """Save the present state of each file, then apply the snapshot to it."""
+    way_back = f"ds-{request.token}"
+    for disk in request.inside:
         arguments = {"path": disk.file, "name": way_back}
         yield Step("create-internal", arguments, f"keep the present state of '{disk.file}'", undo="delete it")
-    for disk in internal:
-        arguments = {"path": disk.file, "name": request.snapshot.name, "way_back": way_back}
-        text = f"apply '{request.snapshot.name}' to '{disk.file}'"
-        yield Step("apply-internal", arguments, text, undo="apply the present state")
+    for disk in request.inside:
+        name = request.internal_name(disk)
+        arguments = {"path": disk.file, "name": name, "way_back": way_back}
+        yield Step("apply-internal", arguments, f"apply '{name}' to '{disk.file}'", undo="apply the present state")
 
 
-def _overlay_step(disk: DiskSnapshot, path: str) -> Step:
-    arguments = {"path": path, "backing": disk.file, "format": disk.format, "size": disk.virtual_size}
-    return Step("make-overlay", arguments, f"make the overlay '{path}' on '{disk.file}'", undo="remove it")
+def _file_steps(request: RevertRequest, disk: DiskSnapshot) -> Iterator[Step]:
+    """The new files of a disk: an overlay, and before it the copy of a state that only another file's inside has."""
+    bottom, bottom_format = request.bottom(disk)
+    size = disk.virtual_size
+    if request.copied(disk):
+        state = request.state(disk)
+        size = state.size
+        arguments = {"path": bottom, "source": disk.file, "name": request.internal_name(disk), "size": size,
+                     "backing": state.backing, "format": state.backing_format,
+                     "shared": request.facts.active}  # fmt: skip
+        text = f"copy '{arguments['name']}' out of '{disk.file}' into '{bottom}' ({state.data} bytes)"
+        yield Step("copy-state", arguments, text, undo="remove it")
+    if not request.in_place(disk):
+        path = request.new_layer(disk)
+        arguments = {"path": path, "backing": bottom, "format": bottom_format, "size": size}
+        yield Step("make-overlay", arguments, f"make the overlay '{path}' on '{bottom}'", undo="remove it")
+
+
+def _drop_step(way_back: str, files: dict[str, str | None]) -> Step:
+    """Args: files: path, and QEMU's node as far as it is known."""
+    command = "blockdev-snapshot-delete-internal-sync"
+    commands = tuple(
+        {"execute": command, "arguments": {"device": node, "name": way_back}}
+        for node in files.values()
+        if node is not None
+    )
+    return Step("drop-way-back", {"name": way_back, "paths": list(files)}, "delete the way back", commands)
 
 
 def _switch_step(request: RevertRequest) -> Step:
     layers = {**request.layers, **{disk.target: request.new_layer(disk) for disk in request.chosen}}
-    made = [request.new_layer(disk) for disk in request.chosen if disk.mode is DiskMode.EXTERNAL]
+    made = [request.new_layer(disk) for disk in request.chosen if not request.in_place(disk)]
+    made += [request.bottom(disk)[0] for disk in request.chosen if request.copied(disk)]
     name = None if request.snapshot.foreign else request.snapshot.name  # the catalog cannot name what it has not
     arguments = {"name": name, "current": request.current, "layers": layers, "made": made,
                  "layers_before": dict(request.layers)}  # fmt: skip
@@ -388,10 +253,6 @@ def _switch_step(request: RevertRequest) -> Step:
 
 
 def _settle_step(request: RevertRequest) -> Step:
-    running = request.options.running
-    if running is None:
-        running = request.snapshot.state is DomainState.RUNNING
-        if request.way is Way.SWAP:
-            running = request.facts.run_state == "running"
+    running = request.running
     command = qmp_command("cont" if running else "stop")
     return Step("settle", {"running": running}, "resume the guest" if running else "leave the guest paused", (command,))

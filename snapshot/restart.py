@@ -1,6 +1,7 @@
-"""Starting a domain's QEMU with the memory of a snapshot, and ending the one before it.
+"""Starting a domain's QEMU from a snapshot, and ending the one before it.
 
-    start: command -> process -> QMP -> machine and RAM as recorded? -> memory file through a descriptor -> loaded
+    part:  the old QEMU stops and lets go of its disks; its memory stays in its process, for the way back
+    start: command -> process -> QMP -> machine and RAM as recorded? -> memory through a descriptor -> loaded
 
 The new QEMU runs beside the old one, which stands still until the new one has everything; its QMP socket has a name of
 its own until the old one is gone.
@@ -12,12 +13,16 @@ import contextlib
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
 
+import qcowlib
+from snapshot import active, migration
 from snapshot.domain import device_place
-from snapshot.errors import DomainSnapshotError, QemuLost, QmpError, QmpTimeout
+from snapshot.errors import DomainSnapshotError, QemuLost, QmpTimeout
+from snapshot.memory import copy_vmstate
 from snapshot.qmp import Qmp, listening
 from snapshot.session import Session
 
@@ -25,6 +30,27 @@ Arguments = dict[str, Any]
 
 _START_DEADLINE = 60.0
 _LOAD_DEADLINE = 3600.0
+_TERM_DEADLINE = 5.0
+
+
+def part(session: Session, arguments: Arguments) -> None:
+    """Stop the guest and let QEMU let go of its disks, by a migration that nobody reads.
+
+    A process that has ended a migration holds no lock that keeps others from writing, and reads everything anew when it
+    goes on: until then it is the way back.
+    """
+    session.parted = True
+    session.qmp.execute("stop")
+    migration.write_memory(session, arguments)
+
+
+def unpart(session: Session, arguments: Arguments) -> None:
+    """Undo: the old QEMU takes its disks back, which hold by now what they held when it parted from them."""
+    migration.cancel_memory(session, arguments)
+    session.parted = False
+    if session.alive():
+        active.reactivate(session)
+        active.ensure_running(session, {})
 
 
 def start(session: Session, arguments: Arguments) -> None:
@@ -59,12 +85,7 @@ def end_started(session: Session, arguments: Arguments) -> None:
     process = session.started
     pid = process.pid if process is not None else _recorded_pid(arguments)
     if pid is not None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-        if process is not None:
-            process.wait(_START_DEADLINE)
-        else:
-            _wait_for_end(pid)
+        _end(pid, process)
     for name in (arguments["pid_file"], arguments["socket"] if arguments["socket"] != arguments["final"] else None):
         if name is not None:
             with contextlib.suppress(FileNotFoundError):
@@ -75,17 +96,13 @@ def end_started(session: Session, arguments: Arguments) -> None:
 def take_over(session: Session, arguments: Arguments) -> None:
     """End the old QEMU, and give the new one's socket its name."""
     own, final = arguments["socket"], arguments["final"]
-    if own != final:
-        if not os.path.exists(own):
-            return
-        if not listening(own):  # in `recover`: both have ended since
-            os.unlink(own)
-            return
+    if own != final and os.path.exists(own):
         old, new = session.previous_qmp, session.qmp_or_none
         if new is not None and new.path == final:  # in `recover`: what is known is the old one
             old, new = new, None
         if old is not None:
-            with contextlib.suppress(QemuLost, QmpError):
+            # Even when the new one has ended since: the old one's memory fits the disks no more.
+            with contextlib.suppress(QemuLost):
                 old.execute("quit")
             old.close()
         end = time.monotonic() + _START_DEADLINE
@@ -93,6 +110,9 @@ def take_over(session: Session, arguments: Arguments) -> None:
             if time.monotonic() > end:
                 raise QmpTimeout(f"the old QEMU at '{final}' does not end")
             time.sleep(0.05)
+        if not listening(own):
+            os.unlink(own)
+            raise DomainSnapshotError(f"the new QEMU has ended; the domain is off ({_tail(arguments['log'])})")
         os.replace(own, final)
         if new is None:
             new = Qmp(final)
@@ -164,23 +184,52 @@ def _check_machine(qmp: Qmp, arguments: Arguments) -> None:
 
 
 def _load(session: Session, qmp: Qmp, process: subprocess.Popen[bytes], arguments: Arguments) -> None:
-    descriptor = os.open(arguments["memory"], os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        qmp.send_descriptor(descriptor, "domsnap-memory")
-    finally:
-        os.close(descriptor)
+    problems = _give_memory(qmp, arguments)
     try:
         qmp.execute("migrate-incoming", {"uri": "fd:domsnap-memory"})
         end = time.monotonic() + _LOAD_DEADLINE
         while (status := qmp.execute("query-migrate").get("status")) != "completed":
             session.interrupt.check()
             if status == "failed" or time.monotonic() > end:
-                raise DomainSnapshotError(f"loading the memory failed: {_tail(arguments['log'])}")
+                raise DomainSnapshotError(f"loading the memory failed: {_why(problems, arguments)}")
             time.sleep(0.02)
     except QemuLost:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(_START_DEADLINE)
-        raise DomainSnapshotError(f"QEMU refused the memory: {_tail(arguments['log'])}") from None
+        raise DomainSnapshotError(f"QEMU refused the memory: {_why(problems, arguments)}") from None
+
+
+def _give_memory(qmp: Qmp, arguments: Arguments) -> list[str]:
+    """Give QEMU a descriptor of the memory file, or of a pipe that is fed from a vm state.
+
+    Returns: where it is noted when the feeding fails.
+    """
+    path, state, problems = arguments["memory"], arguments["state"], list[str]()
+    if state is None:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    else:
+        descriptor, target = os.pipe()
+        # Nobody waits for it: a QEMU that does not read is ended, and that ends the thread too.
+        threading.Thread(target=_feed, args=(path, state, target, problems), daemon=True).start()
+    try:
+        qmp.send_descriptor(descriptor, "domsnap-memory")
+    finally:
+        os.close(descriptor)
+    return problems
+
+
+def _feed(path: str, state: str, descriptor: int, problems: list[str]) -> None:
+    with open(descriptor, "wb", buffering=0) as pipe:
+        try:
+            copy_vmstate(path, state, pipe, lambda _done, _total: None)
+        except BrokenPipeError:
+            return  # QEMU has read all that it needs, or has ended
+        except (OSError, DomainSnapshotError, qcowlib.QcowError) as error:
+            problems.append(str(error))
+
+
+def _why(problems: list[str], arguments: Arguments) -> str:
+    return problems[0] if problems else _tail(arguments["log"])
 
 
 def _tail(log: str) -> str:
@@ -202,8 +251,22 @@ def _recorded_pid(arguments: Arguments) -> int | None:
     return None
 
 
-def _wait_for_end(pid: int) -> None:
-    end = time.monotonic() + _START_DEADLINE
+def _end(pid: int, process: subprocess.Popen[bytes] | None) -> None:
+    """End a process that was started here, with what it has started; in order, so that it puts its images right."""
+    for number, patience in ((signal.SIGTERM, _TERM_DEADLINE), (signal.SIGKILL, _START_DEADLINE)):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired, QmpTimeout):
+            if process is not None:
+                process.wait(patience)
+            else:
+                _wait_for_end(pid, patience)
+            return
+    raise QmpTimeout(f"the process {pid} does not end")
+
+
+def _wait_for_end(pid: int, patience: float) -> None:
+    end = time.monotonic() + patience
     while time.monotonic() < end:
         try:
             os.kill(pid, 0)

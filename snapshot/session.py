@@ -128,6 +128,7 @@ class Session:
         self.foreign: set[str] = set()  # files that stood where ours were to be made: never removed
         self.started: subprocess.Popen[bytes] | None = None
         self.previous_qmp: Qmp | None = None
+        self.parted = False  # a running QEMU has let go of its disks, and they may hold what its guest does not know
         self._lost = False
 
     @property

@@ -19,6 +19,7 @@ class Step:
         undo: how it is undone, for people; empty when there is nothing to undo.
         paused: it runs between stopping and resuming the guest, where every millisecond counts.
         commits: once it is done the operation is finished rather than undone.
+        program: the command line that it runs.
     """
 
     action: str
@@ -28,10 +29,13 @@ class Step:
     undo: str = ""
     paused: bool = False
     commits: bool = False
+    program: str = ""
 
     def lines(self) -> list[str]:
         """The printed form, for --dry-run."""
         found = [self.text]
+        if self.program:
+            found.append(f"    run: {self.program}")
         found += [f"    qmp: {json.dumps(command)}" for command in self.commands]
         if self.undo:
             found.append(f"    undo: {self.undo}")
