@@ -47,8 +47,9 @@ from qcowlib.format.snapshot_table import build_snapshot_table
 from qcowlib.metadata.census import Census, census
 from qcowlib.metadata.l2_scan import ScanRules
 from qcowlib.metadata.ledger import Overlap
+from qcowlib.metadata.lost_tables import LostTables
 from qcowlib.metadata.mapping_census import SCAN_BYTES
-from qcowlib.metadata.mending import changed_spans, mend_bitmap_table, mend_l1, mend_l2
+from qcowlib.metadata.mending import Mended, changed_spans, mend_bitmap_table, mend_l1, mend_l2
 from qcowlib.metadata.references import empty_words, read_tables, split_words
 from qcowlib.metadata.snapshot_rescue import RescuedSnapshots
 from qcowlib.metadata.state import Qcow2State
@@ -120,6 +121,7 @@ class MappingRepair:
         """
         if self.header.has_data_file and self.rescued.entries:
             raise NotRepairable("snapshots in an image with an external data file")
+        self._fill_last_cluster()
         self._settle_tables()
         self._mend_l2_tables()
         self._mend_bitmaps()
@@ -229,14 +231,14 @@ class MappingRepair:
                 wrong.append(cluster)
         if not wrong:
             return False
-        for layer in self._layers():
-            l1 = self._read_l1(layer)
-            chosen = np.isin(offsets(l1) >> self.geometry.cluster_bits, np.array(wrong, dtype=np.int64)) & (l1 != 0)
-            if chosen.any():
-                new = l1.copy()
-                new[chosen] = 0
-                self._replace_words(l1, new, layer.offset)
-                self._lose(layer.name, np.flatnonzero(chosen), self.geometry.l2_coverage)
+        mended = []
+        for layer, l1 in self._l1_tables():
+            named = offsets(l1) >> self.geometry.cluster_bits
+            chosen = np.isin(named, np.array(wrong, dtype=np.int64)) & (l1 != 0)
+            new = l1.copy()
+            new[chosen] = 0
+            mended.append((layer, l1, Mended(new, chosen)))
+        self._replace_l1_tables(mended)
         return True
 
     def _is_damaged_table(self, cluster: int) -> bool:
@@ -244,6 +246,13 @@ class MappingRepair:
         return not np.array_equal(words, mend_l2(words, self.rules).words)
 
     # -- mending in place
+
+    def _fill_last_cluster(self) -> None:
+        """Let the file end with a whole cluster: what was cut off from a table reads as zeroes, and is there again."""
+        end = max(self.overlay.size(), self.header.l1_table_offset + 8 * self.header.l1_size)
+        missing = end + -end % self.size - self.overlay.size()
+        if missing:
+            self.overlay.pwrite(bytes(missing), self.overlay.size())
 
     def _read_l1(self, layer: _Layer) -> Entries:
         return np.frombuffer(read_padded(self.overlay, layer.offset, layer.entries * 8), dtype=ENTRY_DTYPE)
@@ -253,11 +262,41 @@ class MappingRepair:
             self.overlay.pwrite(new[first:stop].tobytes(), offset + 8 * first)
 
     def _mend_l1_tables(self) -> None:
+        tables = list(self._l1_tables())
+        self._replace_l1_tables([(layer, l1, mend_l1(l1, self.geometry, self.file_end)) for layer, l1 in tables])
+
+    def _replace_l1_tables(self, mended: list[tuple[_Layer, Entries, Mended]]) -> None:
+        """Put mended L1 tables in place; the one L2 table that they lose is looked for."""
+        found_again = self._lost_l2_table(mended) if sum(int(new.lost.sum()) for _, _, new in mended) == 1 else None
+        for layer, l1, new in mended:
+            lost = np.flatnonzero(new.lost)
+            if found_again is not None and len(lost):
+                # Not dropped first: cut off in between, the table that was found would be given back as a leak.
+                self.overlay.stage(found_again.to_bytes(8, "big"), layer.offset + 8 * int(lost[0]))
+                self.actions.append(f"{layer.name}: the L2 table at {found_again:#x} was found again")
+                new.words[lost] = l1[lost]
+                lost = lost[:0]
+            self._replace_words(l1, new.words, layer.offset)
+            self._lose(layer.name, lost, self.geometry.l2_coverage)
+
+    def _l1_tables(self) -> Iterator[tuple[_Layer, Entries]]:
+        """The L1 tables, each once."""
+        seen: set[tuple[int, int]] = set()
         for layer in self._layers():
-            l1 = self._read_l1(layer)
-            mended = mend_l1(l1, self.geometry, self.file_end)
-            self._replace_words(l1, mended.words, layer.offset)
-            self._lose(layer.name, np.flatnonzero(mended.lost), self.geometry.l2_coverage)
+            if (layer.offset, layer.entries) not in seen:
+                seen.add((layer.offset, layer.entries))
+                yield layer, self._read_l1(layer)
+
+    def _lost_l2_table(self, mended: list[tuple[_Layer, Entries, Mended]]) -> int | None:
+        """The place of the L2 table that a damaged L1 entry named, where there is no doubt about it."""
+        view = OverlayStorage(self.overlay)
+        for layer, _, new in mended:
+            view.pwrite(new.words.tobytes(), layer.offset)
+        found = census(Qcow2State(view, self.header), self.rescued)
+        if found.stopped is not None:
+            return None
+        places = LostTables(view, self.header, self.rules, found).l2_tables()
+        return places[0] if len(places) == 1 else None
 
     def _mend_l2_tables(self) -> None:
         lost: dict[int, Int64Array] = {}

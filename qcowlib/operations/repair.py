@@ -29,12 +29,15 @@ from qcowlib.errors import ImageStateError, OptionError, UnsupportedFeature
 from qcowlib.findings import CheckReport, Finding, Severity
 from qcowlib.format.features import KNOWN_AUTOCLEAR, Incompatible
 from qcowlib.format.header import Header
+from qcowlib.format.snapshot_table import SnapshotEntry
 from qcowlib.image.interface import BlockImage
 from qcowlib.metadata.census import Census, census
 from qcowlib.metadata.comparison import Comparison
 from qcowlib.metadata.copied_flags import Ones
 from qcowlib.metadata.free_clusters import FreeClusters
 from qcowlib.metadata.heal import Healing
+from qcowlib.metadata.l2_scan import ScanRules
+from qcowlib.metadata.lost_tables import LostTables
 from qcowlib.metadata.mapping_repair import LostRange, MappingRepair, NotRepairable
 from qcowlib.metadata.snapshot_rescue import RescuedSnapshots, rescue_snapshots
 from qcowlib.metadata.state import Qcow2State, load_state
@@ -135,8 +138,8 @@ class _Planning:
         self.header = state.header
         self.data_storage = state.data_storage
         self.overlay = OverlayStorage(state.storage)
-        built = self.header.build()[:_SECTOR]
-        self.header_damaged = built != state.storage.pread(len(built), 0)
+        self.file_end = (state.storage.size() + 511) & -512
+        self.found_again: list[str] = []
 
     # -- the two modes
 
@@ -173,19 +176,11 @@ class _Planning:
 
     def everything(self) -> RepairPlan:
         """Repair all that can be repaired without guessing; all of it, or nothing."""
-        file_end = (self.base.size() + 511) & -512
-        rescued = rescue_snapshots(self.base, self.header, file_end)
-        state = self._state(self.header)
-        if rescued is None:
-            report = check_state(state)
-            return self._refused(report, "the snapshot table is not where the header says")
-        found = census(state, rescued)
-        report = check_census(state, found)
+        report = check_state(self._state(self.header))
         try:
-            return self._plan(report, found, rescued)
+            return self._plan(report)
         except (NotRepairable, ImageStateError) as reason:
-            self.overlay = OverlayStorage(self.base)
-            return self._refused(check_state(self._state(self.header)), str(reason))
+            return self._refused(report, str(reason))
 
     def _refused(self, report: CheckReport, reason: str) -> RepairPlan:
         lines = [finding.text for finding in _told(report)]
@@ -193,13 +188,17 @@ class _Planning:
 
     # -- mode "all"
 
-    def _plan(self, report: CheckReport, found: Census, rescued: RescuedSnapshots) -> RepairPlan:
-        """The plan; `report` and `found` are the first check with the snapshots that are kept."""
-        self._require_mapping()
+    def _plan(self, report: CheckReport) -> RepairPlan:
         plan = RepairPlan(report)
+        rescued = self._find_tables()
+        built = self.header.build()[:_SECTOR]
+        header_damaged = built != self.base.pread(len(built), 0)
+        found = census(self._state(self.header), rescued)
+        report = check_census(self._state(self.header), found)
         mapping = MappingRepair(self.base, self.overlay, self.header, rescued)
         mended = [finding for finding in _told(report) if _is_mapping(finding)]
-        damaged = bool(mended or found.mapping_damaged or found.stopped or rescued.repairs or self.header_damaged)
+        damaged = bool(mended or found.mapping_damaged or found.stopped or rescued.repairs or header_damaged)
+        damaged |= self._is_table_cut(found)
         told = [finding for finding in found.findings if finding.code in _REFCOUNT_STRUCTURE]
         if damaged:
             mapping.drop()
@@ -208,31 +207,97 @@ class _Planning:
         if {finding.code for finding in told} == {"refcount-block-beyond-end"}:
             self._drop_refcount_blocks(found)
             found = census(self._state(mapping.header), rescued)
-        plan.lines = ["Repairing header: it names tables that cannot be used"] if self.header_damaged else []
+        plan.lines = ["Repairing header: it names tables that cannot be used"] if header_damaged else []
         plan.lines += [text for _, text, _ in rescued.repairs] + [_repairing(finding.text) for finding in mended]
         plan.lines += [_repairing(f.text) if f.code == "refcount-block-beyond-end" else f.text for f in told]
         plan.corruptions_fixed = (
-            int(self.header_damaged) + _count(mended) + _count(told) + sum(count for _, _, count in rescued.repairs)
+            int(header_damaged) + _count(mended) + _count(told) + sum(count for _, _, count in rescued.repairs)
         )
         released = self._tell_refcounts(plan, found)
         if damaged:
             mapping.move()
-        plan.keeps_bytes |= mapping.header != self.header or self.header_damaged or self.overlay.has_staged
-        plan.lost, plan.more_lost, plan.actions = mapping.lost, mapping.more_lost, mapping.actions
+        plan.keeps_bytes |= mapping.header != self.header or header_damaged or self.overlay.has_staged
+        plan.lost, plan.more_lost = mapping.lost, mapping.more_lost
+        plan.actions = self.found_again + mapping.actions
         plan.lost_snapshots = rescued.lost
         header = self._repair_refcounts(mapping.header, found, rebuild=released is not None, sound=not damaged)
         self._finish(plan, header)
         self._prove(header)
         return plan
 
-    def _require_mapping(self) -> None:
-        """The active L1 table must be there; else nothing tells which clusters hold data."""
-        header = self.header
-        end = header.l1_table_offset + 8 * header.l1_size
-        if header.l1_size and end - ((self.base.size() + 511) & -512) >= header.cluster_size:
-            raise NotRepairable("the active L1 table lies beyond the end of the file")
-        if header.l1_size and not header.l1_table_offset:
-            raise NotRepairable("the active L1 table lies in the header")
+    def _find_tables(self) -> RescuedSnapshots:
+        """The snapshots that can be kept; active L1 table and snapshot table are found again where the header is wrong.
+
+        Raises:
+            NotRepairable: there is no active L1 table, and clusters that only it may refer to.
+        """
+        if self.header.l1_size and not self._is_place(self.header.l1_table_offset, 8 * self.header.l1_size):
+            self._find_l1_table()
+        rescued = rescue_snapshots(self.base, self.header, self.file_end)
+        if rescued is not None:
+            return rescued
+        search = self._search(self.header)
+        places = search.snapshot_tables()
+        if len(places) != 1:
+            return self._nameless_snapshots(search.l1_tables(self.header.l1_size))
+        self.header = replace(self.header, snapshots_offset=places[0])
+        self.found_again.append(f"the snapshot table was found again at {places[0]:#x}")
+        return rescue_snapshots(self.base, self.header, self.file_end) or RescuedSnapshots()
+
+    def _nameless_snapshots(self, places: list[int]) -> RescuedSnapshots:
+        """The snapshots whose L1 tables can be found though the snapshot table cannot; their names are lost."""
+        count = self.header.nb_snapshots
+        rescued = RescuedSnapshots()
+        text = f"Discarding {count} snapshots (their table cannot be found)"
+        rescued.drop("snapshot-table-lost", text, f"the names and vm states of {count} snapshots")
+        for number, offset in enumerate(places[:count], 1):
+            entry = SnapshotEntry(
+                l1_table_offset=offset,
+                l1_size=self.header.l1_size,
+                id=str(number),
+                name=f"found-{number}",
+                date_sec=0,
+                date_nsec=0,
+                vm_clock_nsec=0,
+                disk_size=self.header.size,
+            )
+            rescued.entries.append(entry)
+            self.found_again.append(f"an L1 table at {offset:#x} is kept as snapshot {number} (found-{number})")
+        return rescued
+
+    def _is_place(self, offset: int, length: int) -> bool:
+        """Whether a table can lie there: behind the header and inside the file, but for less than a cluster."""
+        return offset > 0 and offset + length - self.file_end < self.header.cluster_size
+
+    def _find_l1_table(self) -> None:
+        """Let the header name the one place where the active L1 table can be."""
+        search = self._search(replace(self.header, l1_size=0, l1_table_offset=0))
+        places = search.l1_tables(self.header.l1_size)
+        if len(places) == 1:
+            self.found_again.append(f"the active L1 table was found again at {places[0]:#x}")
+        elif places or not search.is_all_referenced():
+            raise NotRepairable("the active L1 table is not where the header says, and it cannot be found")
+        else:
+            # The file was cut: it holds nothing that an L1 table could refer to. Behind its end all reads as zeroes.
+            places = [self.header.geometry.clusters_for(self.file_end) << self.header.cluster_bits]
+            length = self.header.geometry.clusters_for(8 * self.header.l1_size) << self.header.cluster_bits
+            self.overlay.pwrite(bytes(length), places[0])
+            self.found_again.append("the file was cut before its L1 table: all guest data is lost")
+        self.header = replace(self.header, l1_table_offset=places[0])
+
+    def _search(self, header: Header) -> LostTables:
+        """A search among the clusters that nothing refers to, as far as the snapshot table can be used."""
+        rescued = rescue_snapshots(self.base, header, self.file_end) or RescuedSnapshots()
+        found = census(self._state(header), rescued)
+        rules = ScanRules(header.geometry, header.version, header.has_data_file, self.file_end)
+        return LostTables(self.base, header, rules, found)
+
+    def _is_table_cut(self, found: Census) -> bool:
+        """Whether the file ends inside an L1 or L2 table, by less than a cluster, which the check allows."""
+        tables = found.mapping.tables.host_offset
+        ends = [self.header.l1_table_offset + 8 * self.header.l1_size]
+        ends += [int(tables.max()) + self.header.cluster_size] if len(tables) else []
+        return max(ends) > self.base.size()
 
     def _drop_refcount_blocks(self, found: Census) -> None:
         """Clear the refcount table's entries for blocks beyond the end of the file: they count nothing."""
@@ -253,7 +318,8 @@ class _Planning:
         before = check_census(state, found)
         lines = _refcount_lines(before)
         zeroes, _ = self._too_low(found)
-        rebuild = found.refcounts_damaged or zeroes > 0
+        shared = any({first, second} & {"refcount table", "refcount block"} for _, first, second in found.overlaps)
+        rebuild = found.refcounts_damaged or shared or zeroes > 0
         plan.lines += lines
         if rebuild:
             plan.lines += ["Rebuilding refcount structure", *self._released_lines(found)]
