@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from snapshot import active, agent, copies, inactive, merge, migration, records, restart, standing
+from snapshot import active, agent, below, copies, inactive, merge, migration, records, restart, standing
 from snapshot.session import Session
 
 
@@ -63,6 +63,7 @@ ACTIONS = {
     "apply-internal": Action(inactive.apply_internal, inactive.unapply_internal),
     "switch": Action(records.switch, records.unswitch),
     "forget": Action(merge.forget),
+    "try-writing": Action(below.try_writing, below.read_again),
     "remove-internal": Action(merge.remove_internal),
     "merge-down": Action(merge.merge_down),
     "merge-up": Action(merge.merge_up),

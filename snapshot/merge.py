@@ -9,6 +9,7 @@ from typing import Any
 
 import qcowlib
 from snapshot import offline
+from snapshot.below import delete_below, is_below
 from snapshot.blockgraph import BlockGraph
 from snapshot.domain import backing_path, same_file
 from snapshot.errors import DomainSnapshotError, QmpError
@@ -32,6 +33,9 @@ def remove_internal(session: Session, arguments: Arguments) -> None:
     if session.alive():
         graph = BlockGraph.query(session.qmp)
         node = graph.find(path)
+        if node is not None and is_below(graph, node):
+            delete_below(session, path, node, name)
+            return
         if node is not None:
             for stored in graph.node(node).get("image", {}).get("snapshots", []):
                 if stored["name"] == name and arguments["id"] in (None, str(stored["id"])):

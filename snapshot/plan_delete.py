@@ -172,15 +172,24 @@ def _against_state(request: DeleteRequest) -> Iterator[str]:
 
 
 def _against_internal(request: DeleteRequest) -> Iterator[str]:
-    tops = [facts.disk.path for facts in request.facts.disks]
+    """QEMU deletes in a backing file by name alone."""
     for disk in request.snapshot.disks:
-        if disk.mode is DiskMode.INTERNAL and request.facts.active and not any(same_file(disk.file, t) for t in tops):
-            below = any(same_file(disk.file, path) for one in request.facts.disks for path in one.disk.backing_chain)
-            if below:
-                yield (
-                    f"disk {disk.target}: '{disk.file}' holds the internal snapshot and is a backing file now, which a "
-                    "running QEMU cannot change: shut the domain down first"
-                )
+        name = disk.internal_name or request.snapshot.name
+        count = list(request.files[disk.file].snapshots).count(name) if disk.file in request.files else 0
+        if disk.mode is DiskMode.INTERNAL and _node_below(request, disk.file) is not None and count > 1:
+            yield (
+                f"disk {disk.target}: '{disk.file}' holds {count} internal snapshots '{name}' and is a backing file "
+                "now, where a running QEMU cannot tell them apart: shut the domain down first"
+            )
+
+
+def _node_below(request: DeleteRequest, path: str) -> str | None:
+    """The node of a file that a running QEMU has open as a backing file of one of the domain's disks."""
+    for facts in request.facts.disks if request.facts.active else ():
+        for below, node in zip(facts.disk.backing_chain, facts.chain_nodes, strict=False):
+            if same_file(below, path):
+                return node
+    return None
 
 
 def _against_merges(request: DeleteRequest) -> Iterator[str]:
@@ -194,14 +203,22 @@ def _against_merges(request: DeleteRequest) -> Iterator[str]:
 
 def _steps(request: DeleteRequest) -> Iterator[Step]:
     snapshot = request.snapshot
+    inside = [disk for disk in snapshot.disks if disk.mode is DiskMode.INTERNAL and not request.options.metadata_only]
+    nodes = {disk.file: _node_below(request, disk.file) for disk in inside}
+    below = {path: node for path, node in nodes.items() if node is not None}
+    for path, node in below.items():
+        commands = tuple(reopen_command(node, writable=writable) for writable in (True, False))
+        yield Step("try-writing", {"path": path}, f"see that QEMU can write the backing file '{path}'", commands,
+                   undo="it only reads it")  # fmt: skip
     yield Step("decide", {}, f"delete '{snapshot.name}': from here on only forward", commits=True)
     yield Step("forget", {"name": snapshot.name}, f"take '{snapshot.name}' out of the catalog")
     if request.options.metadata_only:
         return
-    for disk in snapshot.disks:
-        if disk.mode is DiskMode.INTERNAL:
-            arguments = {"name": disk.internal_name or snapshot.name, "id": disk.internal_id, "path": disk.file}
-            yield Step("remove-internal", arguments, f"delete the internal snapshot in '{disk.file}'")
+    for disk in inside:
+        name = disk.internal_name or snapshot.name
+        arguments = {"name": name, "id": disk.internal_id, "path": disk.file}
+        commands = _delete_commands(below[disk.file], name) if disk.file in below else ()
+        yield Step("remove-internal", arguments, f"delete the internal snapshot in '{disk.file}'", commands)
     for number, merge in enumerate(merges(request)):
         yield from _merge_steps(request, merge, f"ds-{request.token}-{number}")
     for path in _dead_overlays(request):
@@ -210,6 +227,17 @@ def _steps(request: DeleteRequest) -> Iterator[Step]:
     shared = any(other.memory.file == memory.file for other in request.others)
     if memory.mode is MemoryMode.EXTERNAL and memory.file is not None and not shared:
         yield Step("remove-file", {"path": memory.file, "image": False}, f"remove the memory file '{memory.file}'")
+
+
+def _delete_commands(node: str, name: str) -> tuple[dict[str, Any], ...]:
+    delete = qmp_command("snapshot-delete", job_id="ds-delete-below", tag=name, devices=[node])
+    return reopen_command(node, writable=True), delete, reopen_command(node, writable=False)
+
+
+def reopen_command(node: str, *, writable: bool) -> dict[str, Any]:
+    """The command that lets QEMU write a node from now on, or only read it, its other options as they are."""
+    line = f'qemu-io {node} "reopen -{"w" if writable else "r"}"'
+    return qmp_command("human-monitor-command", command_line=line)
 
 
 def _merge_steps(request: DeleteRequest, merge: Merge, job: str) -> Iterator[Step]:
