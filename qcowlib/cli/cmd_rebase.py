@@ -21,7 +21,6 @@ from qcowlib.cli.common import (
     stock_text,
 )
 from qcowlib.cli.opening import (
-    KNOWN_FORMATS,
     ImageName,
     image_name,
     open_image_name_for_writing,
@@ -30,6 +29,7 @@ from qcowlib.cli.opening import (
 from qcowlib.cli.options import Arguments, Option, Syntax, UsageError
 from qcowlib.cli.progress import Progress
 from qcowlib.errors import OptionError, QcowError
+from qcowlib.image.drivers import KNOWN_FORMATS
 
 if TYPE_CHECKING:
     from qcowlib.image.raw import WritableRawImage
