@@ -97,13 +97,16 @@ def options_name(text: str, secrets: dict[str, bytes]) -> ImageName:
     return _parsed(text, "json:" + dumps(options, pretty=False), None, secrets)
 
 
-def open_image_name(name: ImageName, *, force_share: bool, open_backing: bool) -> Qcow2Image | RawImage:
+def open_image_name(
+    name: ImageName, *, force_share: bool, open_backing: bool, with_key: bool = False
+) -> Qcow2Image | RawImage:
     """Open an image for reading.
 
     Args:
         name: what to open.
         force_share: read although somebody else writes.
         open_backing: follow the names of local files inside the image; False opens nothing but the file itself.
+        with_key: use the passphrase in that case, too.
 
     Raises:
         CommandFailed: it cannot be opened.
@@ -111,7 +114,7 @@ def open_image_name(name: ImageName, *, force_share: bool, open_backing: bool) -
     from qcowlib.image.opening import open_image
     from qcowlib.image.policy import LocalFiles
 
-    passphrase = name.passphrase if open_backing else None
+    passphrase = name.passphrase if open_backing or with_key else None
     try:
         image = open_image(
             name.reference,

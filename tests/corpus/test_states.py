@@ -12,6 +12,8 @@ import pytest
 import qcowlib
 from qcowlib import ChangeKind, LocalFiles, Qcow2Image, QcowError
 from qcowlib.image.reader import ReadableImage
+from qcowlib.operations.compact import _Compaction
+from qcowlib.storage.local import open_local
 from tests.corpus import archives
 from tests.property.test_difference import assert_told
 from tests.property.test_space import assert_space
@@ -102,6 +104,42 @@ def test_space_of_a_damaged_image_is_told_or_refused(image: dict[str, Any] | Non
         assert isinstance(opened, Qcow2Image)
         for state in qcowlib.image_space(opened).states:
             assert state.damage is None or state.exclusive == state.shared == 0
+
+
+@pytest.mark.parametrize("image", cases([image for image in ALL if is_intact(image)]))
+def test_compact(image: dict[str, Any] | None, corpus: Path, tmp_path: Path) -> None:
+    assert image is not None
+    target = tmp_path / "smaller"
+    with contextlib.chdir(corpus), contextlib.ExitStack() as stack:
+        try:
+            opened = stack.enter_context(open_one(image, image["file"]))
+        except qcowlib.UnsupportedFeature:
+            return
+        if not isinstance(opened, Qcow2Image) or opened.header.has_data_file or opened.size > LARGEST:
+            return
+        write_compact(opened, target)
+        if opened.backing is not None:  # relative names are looked for beside the copy
+            for entry in corpus.iterdir():
+                (tmp_path / entry.name).symlink_to(entry)
+        copy = stack.enter_context(open_one(image, str(target)))
+        assert isinstance(copy, Qcow2Image)
+        told = [(state.size, state.digests, state.damage) for state in qcowlib.digest_states(copy)]
+        assert told == [(state.size, state.digests, state.damage) for state in qcowlib.digest_states(opened)]
+        for old, new in zip(opened.snapshots, copy.snapshots, strict=True):
+            before, after = (one.open_snapshot(entry).vmstate for one, entry in ((opened, old), (copy, new)))
+            assert before.read(0, before.size) == after.read(0, after.size)
+        assert qcowlib.check(copy).findings == []
+
+
+def write_compact(image: Qcow2Image, target: Path) -> None:
+    with open_local(str(target), writable=True, create=True) as storage:
+        _Compaction(image, None).write(storage)
+
+
+def open_one(image: dict[str, Any], path: str) -> qcowlib.Qcow2Image | qcowlib.RawImage:
+    return qcowlib.open_image(
+        path, format=image.get("open_format"), policy=LocalFiles(), passphrase=image.get("secret")
+    )
 
 
 def assert_unknown_where_damaged(old: ReadableImage, new: ReadableImage) -> None:
