@@ -9,8 +9,6 @@ Failures are told as qemu-img does: Could not open 'FILENAME as given': reason.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from qcowlib.cli.common import CommandFailed, program_name, report, stock_text
@@ -34,15 +32,11 @@ class ImageName(NamedTuple):
         text: the name as given, for messages.
         shown: the name that info shows.
         reference: the local file and the way to look at it.
-        key_secret: id of the secret with the passphrase.
-        secrets: passphrases by id.
     """
 
     text: str
     shown: str
     reference: Reference
-    key_secret: str | None = None
-    secrets: Mapping[str, bytes] = MappingProxyType({})
 
     @property
     def passphrase(self) -> bytes | None:
@@ -51,11 +45,10 @@ class ImageName(NamedTuple):
         Raises:
             CommandFailed: the secret that is named does not exist.
         """
-        if self.key_secret is None:
-            return None
-        if self.key_secret not in self.secrets:
-            raise CommandFailed(f"Could not open '{self.text}': No secret with id '{self.key_secret}'")
-        return self.secrets[self.key_secret]
+        reference = self.reference
+        if reference.key_secret is not None and reference.passphrase is None:
+            raise CommandFailed(f"Could not open '{self.text}': No secret with id '{reference.key_secret}'")
+        return reference.passphrase
 
     @staticmethod
     def of_file(text: str, image_format: str | None = None) -> ImageName:
@@ -234,7 +227,7 @@ def not_opened(name: ImageName, error: QcowError) -> CommandFailed:
 def _parsed(text: str, name: str, image_format: str | None, secrets: dict[str, bytes]) -> ImageName:
     from dataclasses import replace
 
-    from qcowlib.image.references import parse_image_name
+    from qcowlib.image.references import parse_image_name, with_passphrases
 
     if image_format is not None and image_format not in KNOWN_FORMATS:
         raise CommandFailed(f"Could not open '{text}': Unknown driver '{image_format}'")
@@ -248,36 +241,15 @@ def _parsed(text: str, name: str, image_format: str | None, secrets: dict[str, b
         reference = replace(reference, format=image_format)
     if not reference.path:
         raise CommandFailed(f"Could not open '{text}': The 'file' block driver requires a file name")
-    key_secrets = _key_secrets(name)
-    if len(key_secrets) > 1:
-        raise CommandFailed(f"Could not open '{text}': one passphrase for the whole chain is supported, not several")
-    key_secret = next(iter(key_secrets), None)
-    shown = _shown(reference, key_secret, as_texts=not text.startswith("json:"))
-    return ImageName(text, shown, reference, key_secret, secrets)
+    shown = _shown(reference, as_texts=not text.startswith("json:"))
+    return ImageName(text, shown, with_passphrases(reference, secrets))
 
 
-def _key_secrets(name: str) -> set[str]:
-    """Ids of the secrets that driver options name, at any depth."""
-    if not name.startswith("json:"):
-        return set()
-    from qcowlib.image.qemu_json import parse_json_name
-
-    found: set[str] = set()
-    pending: list[object] = [parse_json_name(name)]
-    while pending:
-        options = pending.pop()
-        if isinstance(options, dict):
-            found.update(value for key, value in options.items() if key.endswith("key-secret"))
-            pending.extend(options.values())
-    return found
-
-
-def _shown(reference: Reference, key_secret: str | None, *, as_texts: bool) -> str:
+def _shown(reference: Reference, *, as_texts: bool) -> str:
     """The path, or driver options as JSON where the path alone does not say what is opened.
 
     Args:
         reference: what is opened.
-        key_secret: id of the secret with the passphrase.
         as_texts: numbers came as texts, from an option list, and are shown as such.
     """
     described: dict[str, Value] = {"driver": "file", "filename": reference.path}
@@ -288,7 +260,8 @@ def _shown(reference: Reference, key_secret: str | None, *, as_texts: bool) -> s
         if window.size is not None:
             described["size"] = str(window.size) if as_texts else window.size
         plain = False
-    if key_secret is not None:
-        described = {"driver": reference.format or "qcow2", "encrypt.key-secret": key_secret, "file": described}
+    if reference.key_secret is not None:
+        secret = reference.key_secret
+        described = {"driver": reference.format or "qcow2", "encrypt.key-secret": secret, "file": described}
         plain = False
     return reference.path if plain else "json:" + dumps(described, pretty=False)

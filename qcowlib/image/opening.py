@@ -335,7 +335,7 @@ def _qcow2_image(storage: ReadStorage, request: _Request, reference: Reference, 
         state = Qcow2State(storage, header, data_storage)
     elif reference.data_file is not None:
         raise OptionError("'data-file' can only be set for images with an external data file")
-    cipher = _cipher(state, request)
+    cipher = _cipher(state, reference, request)
     backing = _backing_image(header, storage.name, reference, request)
     if backing is not None:
         undo.callback(backing.close)
@@ -410,18 +410,21 @@ class _NoPassphrase:
         return self.decrypt(data, offset)
 
 
-def _cipher(state: Qcow2State, request: _Request) -> ClusterCipher | None:
+def _cipher(state: Qcow2State, reference: Reference, request: _Request) -> ClusterCipher | None:
     header = state.header
     if header.crypt_method == CRYPT_NONE:
         return None
-    if request.passphrase is None:
+    passphrase = request.passphrase if reference.passphrase is None else reference.passphrase
+    if passphrase is None:
+        if request.open_backing and reference.key_secret is not None:
+            raise EncryptionError(f"No secret with id '{reference.key_secret}'")
         if request.open_backing:
             raise EncryptionError("Parameter 'encrypt.key-secret' is required for cipher")
         return _NoPassphrase()
     if header.crypt_method == CRYPT_AES:
         from qcowlib.codecs.legacy_aes import LegacyAes
 
-        return LegacyAes(request.passphrase)
+        return LegacyAes(passphrase)
     from qcowlib.codecs.luks import open_luks
 
     pointer = header.crypto_header
@@ -431,7 +434,7 @@ def _cipher(state: Qcow2State, request: _Request) -> ClusterCipher | None:
     def read(offset: int, length: int) -> bytes:
         return state.storage.pread(length, pointer.offset + offset)
 
-    return open_luks(read, request.passphrase, length=pointer.length, host_offset=pointer.offset)
+    return open_luks(read, passphrase, length=pointer.length, host_offset=pointer.offset)
 
 
 def _backing_image(

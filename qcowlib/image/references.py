@@ -16,7 +16,8 @@ The options of `json:` may nest drivers. Those that describe local files are und
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qcowlib.errors import ChainError
@@ -75,6 +76,8 @@ class Reference:
         backing: None when the image's own header decides; else the description's word on the backing file.
         data_file: None when the image's own header decides; else the external data file.
         zeroes: bytes of a disk of zeroes that no file is behind; None for a file.
+        key_secret: id of the secret with the passphrase (`encrypt.key-secret`).
+        passphrase: of this image alone; None leaves it to the one that is given for all layers.
     """
 
     path: str
@@ -83,6 +86,8 @@ class Reference:
     backing: BackingOverride | None = None
     data_file: Reference | None = None
     zeroes: int | None = None
+    key_secret: str | None = None
+    passphrase: bytes | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -221,8 +226,34 @@ def _reference_from_options(options: dict[str, Any], name: str, depth: int) -> R
         return replace(inner, format="raw", windows=windows)
     if "offset" in options or "size" in options:
         raise ChainError(f"the JSON options of '{name}' give an offset or size to a driver other than raw")
-    data_file = None if "data-file" not in options else _child(options, "data-file", name, depth)
-    return replace(inner, format=driver, backing=_backing_override(options, name, depth), data_file=data_file)
+    return replace(
+        inner,
+        format=driver,
+        backing=_backing_override(options, name, depth),
+        data_file=None if "data-file" not in options else _child(options, "data-file", name, depth),
+        key_secret=_key_secret(options),
+    )
+
+
+def _key_secret(options: dict[str, Any]) -> str | None:
+    encrypt = options.get("encrypt")
+    secret = encrypt.get("key-secret") if isinstance(encrypt, dict) else None
+    return secret if isinstance(secret, str) else None
+
+
+def with_passphrases(reference: Reference, secrets: Mapping[str, bytes]) -> Reference:
+    """The reference with the passphrases that it and the layers below it name, as far as they are there.
+
+    Args:
+        reference: from a description.
+        secrets: passphrases by id.
+    """
+    below = reference.backing.reference if reference.backing is not None else None
+    return replace(
+        reference,
+        passphrase=None if reference.key_secret is None else secrets.get(reference.key_secret),
+        backing=reference.backing if below is None else BackingOverride(with_passphrases(below, secrets)),
+    )
 
 
 def _child(options: dict[str, Any], role: str, name: str, depth: int) -> Reference:
