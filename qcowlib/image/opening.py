@@ -252,6 +252,8 @@ def _open_reference(reference: Reference, request: _Request) -> Qcow2Image | Raw
 
 def _reference_storage(reference: Reference, request: _Request) -> ReadStorage:
     """The file of a reference, seen through its windows."""
+    if reference.faulty and (request.open_backing or request.writable):
+        raise ChainError(f"faults on demand in '{reference.path}' (blkdebug) are not available")
     if reference.zeroes is not None:
         storage: ReadStorage = NullStorage(reference.zeroes, reference.path)
     else:

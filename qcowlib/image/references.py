@@ -76,6 +76,7 @@ class Reference:
         backing: None when the image's own header decides; else the description's word on the backing file.
         data_file: None when the image's own header decides; else the external data file.
         zeroes: bytes of a disk of zeroes that no file is behind; None for a file.
+        faulty: requests shall fail on demand (blkdebug): its guest data is not to be had here.
         key_secret: id of the secret with the passphrase (`encrypt.key-secret`).
         passphrase: of this image alone; None leaves it to the one that is given for all layers.
     """
@@ -86,6 +87,7 @@ class Reference:
     backing: BackingOverride | None = None
     data_file: Reference | None = None
     zeroes: int | None = None
+    faulty: bool = False
     key_secret: str | None = None
     passphrase: bytes | None = field(default=None, repr=False)
 
@@ -165,6 +167,9 @@ def _protocol_reference(name: str) -> Reference:
     protocol, _, path = name.partition(":")
     if protocol in _NULL_DRIVERS:
         return Reference(name, zeroes=_NULL_SIZE)
+    if protocol == "blkdebug" and ":" in path:
+        rules, _, file = path.partition(":")
+        return _below_blkdebug(parse_image_name(file), bool(rules))
     if protocol not in _FILE_DRIVERS or not path or path.startswith("//"):
         rule = f"'{name}' uses the protocol '{protocol}', which is not opened: only local files are"
         raise ChainError(rule, stock=None if protocol in _OTHER_PROTOCOLS else f"Unknown protocol '{protocol}'")
@@ -204,7 +209,7 @@ def _reference_from_options(options: dict[str, Any], name: str, depth: int) -> R
     options = _nested(options, name)
     driver = options.get("driver")
     if driver == "blkdebug":
-        return _without_faults(options, name, depth)
+        return _blkdebug_reference(options, name, depth)
     if driver not in _OPTIONS:
         rule = f"the JSON options of '{name}' name the driver '{driver}': only local files are opened"
         raise ChainError(rule, stock=None if driver in KNOWN_FORMATS else f"Unknown driver '{driver}'")
@@ -268,12 +273,14 @@ def _child(options: dict[str, Any], role: str, name: str, depth: int) -> Referen
     return _reference_from_options(child, name, depth + 1)
 
 
-def _without_faults(options: dict[str, Any], name: str, depth: int) -> Reference:
-    """The file below blkdebug, as a slice that is all of it: no more than what it reads and writes shows through."""
-    if set(options) - _FAULTLESS_OPTIONS or options.get("config"):
-        raise ChainError(f"the JSON options of '{name}' ask for faults, which are not available")
-    inner = _child(options, "image", name, depth)
-    return replace(inner, windows=(*inner.windows, Window(0, None)))
+def _blkdebug_reference(options: dict[str, Any], name: str, depth: int) -> Reference:
+    faulty = bool(set(options) - _FAULTLESS_OPTIONS or options.get("config"))
+    return _below_blkdebug(_child(options, "image", name, depth), faulty)
+
+
+def _below_blkdebug(inner: Reference, faulty: bool) -> Reference:
+    """The file as a slice that is all of it: no more than what it reads and writes shows through."""
+    return replace(inner, windows=(*inner.windows, Window(0, None)), faulty=faulty or inner.faulty)
 
 
 def _file_reference(options: dict[str, Any], name: str) -> Reference:

@@ -55,8 +55,7 @@ def test_plain_backing_names(name: str, image: str, path: str) -> None:
         'json:{"driver":"file","filename":"a\\u0000b"}',
         'json:{"driver":"qcow2","data-file":"x","file":{"driver":"file","filename":"x"}}',
         'json:{"driver":"raw","backing":null,"file":{"driver":"file","filename":"x"}}',
-        'json:{"driver":"blkdebug","config":"rules","image":{"driver":"file","filename":"x"}}',
-        'json:{"driver":"blkdebug","inject-error":[{"event":"none"}],"image":{"driver":"file","filename":"x"}}',
+        "blkdebug:x", "blkdebug:rules:nbd:host:1", 'json:{"driver":"blkdebug","config":"rules"}',
         "json:{'driver':'qcow2','driver':'raw'}", "json:{'driver':qcow2}", "json:{'driver':'file'}x", "json:",
         'json:{"file.driver":"file","file":7,"driver":"qcow2"}', 'json:{"file":7,"file.driver":"file"}',
     ],
@@ -114,6 +113,10 @@ def test_a_relative_name_needs_a_directory() -> None:
              "image": {"driver": "file", "filename": "x"}}},
             Reference("x", "qcow2", (Window(0, None),)),
         ),
+        ({"driver": "blkdebug", "config": "rules", "image.driver": "file", "image.filename": "x"},
+         Reference("x", None, (Window(0, None),), faulty=True)),
+        ({"driver": "blkdebug", "inject-error": [{"event": "none"}], "image": {"filename": "x"}},
+         Reference("x", None, (Window(0, None),), faulty=True)),
         ({"driver": "null-co", "size": 1024, "read-zeroes": True}, Reference("null-co://", zeroes=1024)),
         ({"driver": "raw", "file.driver": "null-aio"}, Reference("null-aio://", "raw", zeroes=1 << 30)),
     ],
@@ -163,6 +166,8 @@ def test_user_names() -> None:
     assert parse_image_name("disk.qcow2") == Reference("disk.qcow2")
     assert parse_image_name("file:disk.qcow2") == Reference("disk.qcow2")
     assert parse_image_name("file:with:colon") == Reference("./with:colon")
+    assert parse_image_name("blkdebug::x") == Reference("x", None, (Window(0, None),))
+    assert parse_image_name("blkdebug:rules:x") == Reference("x", None, (Window(0, None),), faulty=True)
     assert parse_image_name("null-co://") == Reference("null-co://", zeroes=1 << 30)
     assert parse_image_name("""json:{'driver' : "file", 'filename':'it\\'s "x"'}""") == Reference('it\'s "x"')
     assert not has_protocol("./a:b")
