@@ -32,6 +32,7 @@ from qcowlib.image.chain import chain_layers
 from qcowlib.image.qcow2 import MappedLayer
 from qcowlib.image.reader import ReadableImage
 from qcowlib.image.writable import WritableQcow2Image
+from qcowlib.metadata.header_swing import laid_out, swing_header
 from qcowlib.operations.located import Located, Places, identity, located, same_content
 
 _PIECE = 2 << 20  # a multiple of every cluster size
@@ -97,13 +98,8 @@ def rebase(
         with _told("Error while writing to COW image"):
             image.flush()
     with _told(f"Could not change the backing file to '{backing_file or ''}'"), image.exclusive() as transaction:
-        offset, name = _name_place(header)
-        if offset + len(name) > _SECTOR:
-            transaction.storage.pwrite(name, offset)
-            transaction.storage.flush()
         changes = {name: getattr(header, name) for name in ("backing_file", "extensions", "layout")}
-        transaction.write_header(**changes)
-        transaction.storage.flush()
+        swing_header(transaction, replace(transaction.state.header, **changes))
     return copied
 
 
@@ -135,36 +131,7 @@ def _new_header(header: Header, backing_file: str | None, backing_fmt: str | Non
         raise OptionError(f"the name of the backing file is longer than {_MAX_NAME} bytes", errno=errno.EINVAL)
     extension = None if backing_fmt is None else HeaderExtension(k.EXTENSION_BACKING_FORMAT, backing_fmt.encode())
     extensions = header.with_extension(k.EXTENSION_BACKING_FORMAT, extension)
-    changed = replace(header, backing_file=backing_file, extensions=extensions, layout=None)
-    if len(changed.build()) <= _SECTOR:
-        return changed
-    old_offset, old_name = _name_place(header)
-    for candidate in (changed, _without_names(changed)):
-        fixed = len(replace(candidate, backing_file=None, layout=None).build())
-        if fixed > _SECTOR:
-            continue
-        if backing_file is None or len(candidate.build()) <= _SECTOR:
-            return candidate
-        length = len(backing_file.encode("utf-8", "surrogateescape"))
-        old_end = old_offset + len(old_name)
-        # The old name stays whole until the first sector points elsewhere.
-        for offset in (_SECTOR, -(-max(_SECTOR, old_end) // 8) * 8):
-            if offset + length <= header.cluster_size and (offset >= old_end or offset + length <= old_offset):
-                return candidate.with_backing_name_at(offset)
-    message = "the header has no room for the new backing file name beside the old one"
-    raise OptionError(message, stock="No space left in the file header", errno=errno.ENOSPC)
-
-
-def _without_names(header: Header) -> Header:
-    """The header without its feature name table, which serves messages only."""
-    return replace(header, extensions=header.with_extension(k.EXTENSION_FEATURE_NAMES, None), layout=None)
-
-
-def _name_place(header: Header) -> tuple[int, bytes]:
-    """(host offset, bytes) of the backing file name; (0, empty) without one."""
-    built = header.build()
-    offset, length = int.from_bytes(built[8:16], "big"), int.from_bytes(built[16:20], "big")
-    return offset, built[offset : offset + length]
+    return laid_out(header, replace(header, backing_file=backing_file, extensions=extensions, layout=None))
 
 
 # -- the content
