@@ -49,16 +49,17 @@ class FreeClusters:
 
     def _take(self, start: int, length: int) -> int:
         """The first of `length` free clusters from `start` on that follow each other; they are free no more."""
-        while self._inside is not None and start < self._end:
+        position = start
+        while self._inside is not None and position < self._end:
             bits = self._inside[0].chunk_bits
-            base = start >> bits << bits
-            free = self._window(start >> bits)
-            place = _first_run(free[start - base : max(0, self._end - base)], length)
+            base = position >> bits << bits
+            free = self._window(position >> bits)
+            place = _first_run(free[position - base : max(0, self._end - base)], length)
             if place is not None:
-                start += place
-                free[start - base : start - base + length] = False
-                return start
-            start = base + len(free)
+                position += place
+                free[position - base : position - base + length] = False
+                return position
+            position = base + len(free)
         start = max(start, self._top)
         self._top = start + length
         return start

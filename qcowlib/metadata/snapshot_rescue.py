@@ -26,6 +26,7 @@ _MAX_NAME = 1023
 _REACH = _FIXED + k.MAX_SNAPSHOT_EXTRA_DATA + 2 * k.MAX_SNAPSHOT_STRING + 8  # an entry is no longer than this
 _CHUNK = 1 << 20
 _V3_EXTRA_DATA = 16  # version 3 demands at least that much
+_LIKELY_EXTRA_DATA = (k.SNAPSHOT_EXTRA_DATA_SIZE, _V3_EXTRA_DATA, 8, 0)
 
 
 @dataclass
@@ -151,7 +152,7 @@ class _Rescue:
         following = end + -end % 8
         fits = self.header.snapshots_offset + end <= self.file_end and (is_last or self._is_entry(following))
         if mended and not _is_text(self._read(strings, id_size + name_size)):
-            for likely in (k.SNAPSHOT_EXTRA_DATA_SIZE, _V3_EXTRA_DATA, 8, 0):
+            for likely in _LIKELY_EXTRA_DATA:
                 start = position + _FIXED + likely
                 if _is_text(self._read(start, id_size + name_size)):
                     strings, kept_extra = start, likely
@@ -162,12 +163,16 @@ class _Rescue:
         if fits:
             text_bytes = self._read(strings, id_size + name_size)
             return self._built(position, kept_extra, text_bytes[:id_size], text_bytes[id_size:]), end, mended
-        return self._resynchronised(position, kept_extra, id_size, is_last=is_last)
+        return self._resynchronised(position, index, kept_extra, id_size, is_last=is_last)
 
     def _resynchronised(
-        self, position: int, extra_size: int, id_size: int, *, is_last: bool
+        self, position: int, index: int, extra_size: int, id_size: int, *, is_last: bool
     ) -> tuple[SnapshotEntry, int, bool]:
         """An entry whose lengths are wrong: it ends before the next one that can be found, or where its text ends."""
+        for likely in (extra_size, *_LIKELY_EXTRA_DATA):
+            if self._read(position + _FIXED + likely, 1).isdigit():  # QEMU's ids are numbers
+                extra_size = likely
+                break
         start = position + _FIXED + extra_size
         found = None if is_last else self._next_entry(position + _FIXED)
         stop = start + _REACH if found is None else found
@@ -175,9 +180,11 @@ class _Rescue:
         digits = len(text) - len(text.lstrip(b"0123456789"))
         known = id_size if 0 < id_size < len(text) and text[:id_size].isdigit() else max(1, digits)
         stored_id, name = text[:known], text[known:]
+        if not stored_id:
+            stored_id, name = f"{index + 1}".encode(), f"found-{index + 1}".encode()
         end = found if found is not None else start + len(text)
         self.result.repairs.append(
-            ("snapshot-entry-lengths", f"Repairing snapshot table entry: its lengths were wrong, now {len(text)}", 1)
+            ("snapshot-entry-lengths", f"Repairing snapshot table entry {index}: its lengths are wrong", 1)
         )
         return self._built(position, extra_size, stored_id, name[:_MAX_NAME]), end, True
 
