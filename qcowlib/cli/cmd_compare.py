@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from errno import EIO
 from typing import TYPE_CHECKING
 
 from qcowlib.cli.common import (
@@ -15,7 +16,6 @@ from qcowlib.cli.common import (
     CommandFailed,
     cache_mode,
     report,
-    stock_text,
 )
 from qcowlib.cli.opening import image_name, open_image_name
 from qcowlib.cli.options import Arguments, Option, Syntax, UsageError
@@ -99,7 +99,7 @@ def _report(error: NotComparable, filename: str) -> int:
     if error.offset is None:
         report(f"Sector allocation test failed for {filename}")
         return NO_MAPPING
-    reason = stock_text(error.cause) if error.errno is None else os.strerror(error.errno)
+    reason = os.strerror(EIO if error.errno is None else error.errno)  # qemu-img knows of damaged data no more
     report(f"Error while reading offset {error.offset} of {filename}: {reason}")
     return NOT_READ
 

@@ -108,14 +108,18 @@ def compare(
         return Comparison(Outcome.SIZE)
     images = (first, second)
     longest = max(first.size, second.size)
+
+    def told(done: int) -> None:
+        if progress is not None:
+            progress(done, longest)
+
     for pieces in _pieces(*(_Side(number, image) for number, image in enumerate(images))):
-        found = _judge(images, pieces, strict)
+        found = _judge(images, pieces, strict, told)
         if found is not None:
             outcome, offset = found
             common = min(first.size, second.size)
             return Comparison(outcome, offset, sizes_differ and offset >= common)
-        if progress is not None:
-            progress(pieces.end, longest)
+        told(pieces.end)
     return Comparison(Outcome.IDENTICAL, sizes_differ=sizes_differ)
 
 
@@ -293,13 +297,15 @@ def _next(rows: Iterator[_Rows], position: int, longest: int) -> _Rows:
     return _Rows(extents, _STATUS[extents.kind], np.full(1, -1, dtype=np.int64))
 
 
-def _judge(images: tuple[ReadableImage, ReadableImage], pieces: _Pieces, strict: bool) -> tuple[Outcome, int] | None:
+def _judge(
+    images: tuple[ReadableImage, ReadableImage], pieces: _Pieces, strict: bool, told: Callable[[int], None]
+) -> tuple[Outcome, int] | None:
     """The first difference among some pieces."""
     first, second = pieces.first, pieces.second
     unequal = np.flatnonzero(first.status != second.status)[: int(strict)].tolist()
     limit = unequal[0] if unequal else len(first.extents)
     for ranges in _to_read(first, second, limit):
-        offset = _first_difference(images, ranges)
+        offset = _first_difference(images, ranges, told)
         if offset is not None:
             return Outcome.CONTENT, offset
     return (Outcome.STATUS, int(first.extents.start[limit])) if unequal else None
@@ -330,7 +336,9 @@ def _to_read(first: _Rows, second: _Rows, limit: int) -> Iterator[_Ranges]:
         yield _Ranges(np.append(starts[low:high], ends[high - 1]), (bool(one[low]), bool(other[low])))
 
 
-def _first_difference(images: tuple[ReadableImage, ReadableImage], ranges: _Ranges) -> int | None:
+def _first_difference(
+    images: tuple[ReadableImage, ReadableImage], ranges: _Ranges, told: Callable[[int], None]
+) -> int | None:
     """The first sector in which two disks differ."""
     start, end = int(ranges.edges[0]), int(ranges.edges[-1])
     for offset in range(start, end, _PIECE):
@@ -341,6 +349,7 @@ def _first_difference(images: tuple[ReadableImage, ReadableImage], ranges: _Rang
             found = _differing_before_error(images, ranges, offset, stop)
         if found is not None:
             return found
+        told(stop)
     return None
 
 
