@@ -42,14 +42,14 @@ def delete_request(
         facts=facts,
         options=options,
         layers=layers,
-        files={path: _file_facts(path, known) for path in files},
+        files={path: _file_facts(path, based) for path, based in offline.dependents(files, known).items()},
         described={} if description is None else {disk.target: disk.path for disk in description.disks},
         made=journal.made(),
         token=secrets.token_hex(4),
     )
 
 
-def _file_facts(path: str, known: set[str]) -> plan_delete.FileFacts:
+def _file_facts(path: str, dependents: list[str]) -> plan_delete.FileFacts:
     if not os.path.exists(path):
         return plan_delete.FileFacts(False)
     image_format = offline.format_of(path)
@@ -59,7 +59,7 @@ def _file_facts(path: str, known: set[str]) -> plan_delete.FileFacts:
         exists=True,
         format=image_format,
         backing=backing_path(path) if image_format == "qcow2" else None,
-        dependents=offline.dependents(path, known),
+        dependents=dependents,
         snapshots=names,
         size=size,
         data=offline.data_bytes(path),
@@ -73,9 +73,11 @@ def find(catalog: Store, name: str, facts: DomainFacts) -> DomainSnapshot:
         NoSuchDomainSnapshot: there is none of that name.
     """
     known = catalog.load()
-    for snapshot in (*known, *found_in_files(facts, known)):
-        if snapshot.name == name:
-            return snapshot
+    found = [one for one in known if one.name == name]
+    if not found:
+        found = [one for one in found_in_files(facts, known) if one.name == name]
+    if found:
+        return found[0]
     raise NoSuchDomainSnapshot(f"there is no snapshot '{name}'")
 
 
@@ -89,7 +91,7 @@ def revert_request(
     files = [disk.file for disk in disks]
     known = known_files(catalog, facts)
     wanted = [*files, snapshot.memory.file] if options.disks is None else files
-    dependents = {path: offline.dependents(path, known) for path in files}
+    dependents = offline.dependents(files, known)
     frozen = {d.file for one in catalog.load() for d in one.disks if d.mode is DiskMode.EXTERNAL}
     tops = {one.disk.path: one.snapshots for one in facts.disks}
     inside = [disk for disk in disks if disk.mode is DiskMode.INTERNAL and os.path.exists(disk.file)]

@@ -84,24 +84,24 @@ def is_fresh_overlay(path: str, base: str | None) -> bool:
     return below is base if below is None or base is None else same_file(below, base)
 
 
-def dependents(path: str, known: Iterable[str]) -> list[str]:
-    """Files that are based directly on a file: among those known, and in the directories of all of them.
+def dependents(paths: Iterable[str], known: Iterable[str]) -> dict[str, list[str]]:
+    """For each of some files, those that are based directly on it: among those known, and in the directories of all.
 
     Args:
-        path: the file that others may be based on.
+        paths: the files that others may be based on.
         known: other files that the domain has, or had.
     """
-    candidates = {os.path.abspath(name) for name in known}
-    for directory in {os.path.dirname(name) for name in (*candidates, os.path.abspath(path))}:
+    found: dict[str, list[str]] = {path: [] for path in paths}
+    candidates = {os.path.abspath(name) for name in (*known, *found)}
+    for directory in {os.path.dirname(name) for name in candidates}:
         with contextlib.suppress(OSError), os.scandir(directory) as entries:
             candidates.update(entry.path for entry in entries if entry.is_file())
-    found = []
     for candidate in sorted(candidates):
         with contextlib.suppress(OSError):
-            if format_of(candidate) == "qcow2" and not same_file(candidate, path):
-                below = backing_path(candidate)
-                if below is not None and same_file(below, path):
-                    found.append(candidate)
+            below = backing_path(candidate) if format_of(candidate) == "qcow2" else None
+            for path, based in found.items():
+                if below is not None and same_file(below, path) and not same_file(candidate, path):
+                    based.append(candidate)
     return found
 
 

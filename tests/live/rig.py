@@ -21,7 +21,7 @@ from pathlib import Path
 
 from snapshot.domain import ActiveDomain, InactiveDomain, open_domain
 from snapshot.model import Disk, DomainSnapshot
-from snapshot.qmp import Qmp
+from snapshot.qmp import Qmp, listening
 from tests import oracle
 from tests.live import guest
 from tests.live.guest import boot_sector
@@ -118,7 +118,7 @@ class Rig:
         arguments = [_filled(argument, values) for argument in self.description.command if argument != "{incoming}"]
         self.processes.append(subprocess.Popen([*arguments, *extra], stderr=(self.directory / "stderr").open("wb")))
         end = time.monotonic() + DEADLINE
-        while not os.path.exists(self.socket):
+        while not listening(self.socket):
             assert time.monotonic() < end, "QEMU does not open its socket"
             assert self.process.poll() is None, (self.directory / "stderr").read_text()
             time.sleep(0.02)
