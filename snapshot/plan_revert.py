@@ -196,7 +196,7 @@ def _hold_step(request: RevertRequest) -> Step:
     held += [
         {"path": facts.disk.path, "format": facts.disk.format, "writable": False}
         for facts in request.facts.disks
-        if facts.disk.path not in inside
+        if facts.disk.path not in inside and not facts.disk.read_only
     ]
     return Step("hold", {"disks": held}, "lock the images, so that the domain cannot start meanwhile")
 

@@ -3,15 +3,17 @@
 import hashlib
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from snapshot import executor
+from snapshot.actions import ACTIONS
 from snapshot.catalog import Catalog
 from snapshot.cli.main import main
 from snapshot.domain import ActiveDomain, open_domain
-from snapshot.errors import NotPossible
+from snapshot.errors import NotPossible, QmpError, UndoFailed
 from snapshot.model import (
     DiskMode,
     DiskRequest,
@@ -21,9 +23,11 @@ from snapshot.model import (
     SnapshotRequest,
 )
 from snapshot.qmp import Qmp, listening, poll
+from snapshot.session import Session
 from snapshot.step import Step
 from tests import oracle
 from tests.live.rig import MakeRig, Rig, consistent, disk_counter, snapshot_counters, snapshot_record
+from tests.live.test_domain_faults import state
 from tests.live.test_domain_revert import DISCARD, create, now, wait_for_lines
 
 pytestmark = pytest.mark.live
@@ -243,6 +247,94 @@ def test_a_paused_guest(rig: MakeRig, tmp_path: Path, ended: list[ActiveDomain],
     assert ended[0].qmp.execute("query-status")["status"] == "running"
     wait_for_lines(guest)
     assert not guest.complaints()
+
+
+@pytest.mark.parametrize(
+    ("how", "before", "wanted", "after"),
+    [
+        ("disks outside", "cont", "--paused", False),
+        ("disks inside", "cont", "--paused", False),
+        ("disks inside", "stop", "--running", True),
+        ("memory inside", "stop", None, False),  # as it was when it was taken
+        ("memory inside", "stop", "--running", True),
+        ("memory outside", "stop", None, False),
+    ],
+)
+def test_what_the_guest_does_afterwards(
+    rig: MakeRig, tmp_path: Path, ended: list[ActiveDomain], how: str, before: str, wanted: str | None, after: bool
+) -> None:
+    guest = rig()
+    domain = guest.start()
+    catalog = Catalog(str(tmp_path / "catalog"))
+    if "memory" in how:
+        domain.qmp.execute(before)
+    mode = INTERNAL if "inside" in how else EXTERNAL
+    create(domain, catalog, SnapshotRequest("one", disk_only="disks" in how, default_mode=mode))
+    domain.qmp.execute("cont" if "memory" in how else before)
+    domain.close()
+    vm = tmp_path / "vm.toml"
+    vm.write_text(domain_file(guest))
+    words = ["revert", "one", "-f", str(vm), "--catalog", str(tmp_path / "catalog"), "--discard-current"]
+    assert main([*words, *([] if wanted is None else [wanted])]) == 0
+    ended.append(reconnected(guest))
+    assert ended[0].qmp.execute("query-status")["running"] is after
+    if not after:
+        ended[0].qmp.execute("cont")
+    wait_for_lines(guest)
+    assert not guest.complaints()
+
+
+def failing_once(monkeypatch: pytest.MonkeyPatch, action: str, *, undo: bool) -> None:
+    """Let an action fail, or its undo, the first time."""
+    right = ACTIONS[action]
+    calls: list[str] = []
+
+    def fail(session: Session, arguments: dict[str, object]) -> None:
+        calls.append(action)
+        if len(calls) == 1:
+            raise QmpError(action, "by the test")
+        (right.undo if undo else right.do)(session, arguments)
+
+    monkeypatch.setitem(ACTIONS, action, replace(right, undo=fail) if undo else replace(right, do=fail))
+
+
+def test_a_guest_does_not_run_on_disks_that_it_does_not_know(
+    rig: MakeRig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When even the way back fails, the guest stands until `recover` has put its disks right."""
+    guest = rig()
+    domain = guest.start()
+    catalog = Catalog(str(tmp_path / "catalog"))
+    create(domain, catalog, SnapshotRequest("one", disk_only=True, disks=INSIDE))
+    guest.wait_for_ticks(3)
+    before = state(guest, domain, catalog)
+    failing_once(monkeypatch, "switch", undo=False)
+    failing_once(monkeypatch, "apply-internal", undo=True)
+    with pytest.raises(UndoFailed):
+        executor.revert(domain, catalog, "one", DISCARD)
+    assert domain.qmp.execute("query-status")["status"] == "postmigrate"
+    assert executor.recover(domain, catalog) == ["undid the revert of 'one'"]
+    assert state(guest, domain, catalog) == before
+    wait_for_lines(guest)
+    domain.qmp.execute("stop")
+    assert consistent(*now(guest, domain))
+
+
+def test_a_paused_guest_whose_revert_fails_stays_paused(
+    rig: MakeRig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest = rig(period=20)
+    domain = guest.start()
+    catalog = Catalog(str(tmp_path / "catalog"))
+    create(domain, catalog, SnapshotRequest("one", disk_only=True, disks=MIXED))
+    guest.wait_for_ticks(1)
+    domain.qmp.execute("stop")
+    before = state(guest, domain, catalog), now(guest, domain)
+    failing_once(monkeypatch, "switch", undo=False)
+    with pytest.raises(QmpError, match="by the test"):
+        executor.revert(domain, catalog, "one", RevertOptions())
+    assert (state(guest, domain, catalog), now(guest, domain)) == before
+    assert domain.qmp.execute("query-status")["status"] == "paused"
 
 
 def reconnected(guest: Rig) -> ActiveDomain:
