@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
@@ -59,13 +61,13 @@ class StorageWindow:
     def pread(self, length: int, offset: int) -> bytes:
         """Up to `length` bytes at `offset`; fewer only where the slice ends."""
         length = min(length, max(0, self._size - offset))
-        return self.inner.pread(length, self._offset + offset) if length else b""
+        return self.inner.pread(length, self._in_file("read", offset)) if length else b""
 
     def pread_into(self, buffer: bytearray | memoryview, offset: int) -> int:
         """Fill `buffer` from `offset`, less only where the slice ends."""
         view = memoryview(buffer).cast("B")
         length = min(len(view), max(0, self._size - offset))
-        return self.inner.pread_into(view[:length], self._offset + offset) if length else 0
+        return self.inner.pread_into(view[:length], self._in_file("read", offset)) if length else 0
 
     def data_ranges(self, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
         """The range as (start, length, is data) rows; behind the end of the slice is a hole."""
@@ -79,6 +81,12 @@ class StorageWindow:
     def close(self) -> None:
         """Close the storage below."""
         self.inner.close()
+
+    def _in_file(self, action: str, offset: int) -> int:
+        """An offset of the slice in the file below."""
+        if offset < 0:  # it would be a place in front of the slice
+            raise StorageError(self.name, action, OSError(errno.EINVAL, os.strerror(errno.EINVAL)))
+        return self._offset + offset
 
 
 class RawImage(ReadableImage):

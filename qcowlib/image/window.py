@@ -29,40 +29,45 @@ class WritableStorageWindow(StorageWindow):
 
     def pwrite(self, data: Buffer, offset: int) -> None:
         """Write all of `data` at `offset`."""
-        self._claim(offset, memoryview(data).nbytes)
-        self._file.pwrite(data, self._offset + offset)
+        length = memoryview(data).nbytes
+        self._file.pwrite(data, self._place("write", offset, length))
+        self._reach(offset, length)
 
     def write_zeroes(self, offset: int, length: int) -> None:
         """Make the range read as zeroes without giving up the space."""
-        self._claim(offset, length)
-        self._file.write_zeroes(self._offset + offset, length)
+        self._file.write_zeroes(self._place("write", offset, length), length)
+        self._reach(offset, length)
 
     def discard(self, offset: int, length: int) -> None:
         """Give the space of the range back, as far as it lies in the slice."""
         inside = min(length, max(0, self._size - offset))
         if inside:
-            self._file.discard(self._offset + offset, inside)
+            self._file.discard(self._place("discard", offset, inside), inside)
 
     def allocate(self, offset: int, length: int) -> None:
         """Reserve host space for the range."""
-        self._claim(offset, length)
-        self._file.allocate(self._offset + offset, length)
+        self._file.allocate(self._place("allocate", offset, length), length)
+        self._reach(offset, length)
 
     def truncate(self, size: int) -> None:
         """Set the length in bytes."""
         if not self._grows:
             raise OptionError("Cannot resize fixed-size raw disks")
-        self._file.truncate(self._offset + size)
+        self._file.truncate(self._place("truncate", size, 0))
         self._size = size
 
     def flush(self) -> None:
         """Barrier: all writes before this call are durable when it returns."""
         self._file.flush()
 
-    def _claim(self, offset: int, length: int) -> None:
-        """See that a range may be written."""
-        if offset + length <= self._size:
-            return
-        if not self._grows:
-            raise StorageError(self.name, "write", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
-        self._size = max(self._size, offset + length)
+    def _place(self, action: str, offset: int, length: int) -> int:
+        """Where a range that may be written begins in the file."""
+        place = self._in_file(action, offset)
+        if offset + length > self._size and not self._grows:
+            raise StorageError(self.name, action, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        return place
+
+    def _reach(self, offset: int, length: int) -> None:
+        """The slice is as long as what was written needs."""
+        if length:
+            self._size = max(self._size, offset + length)

@@ -7,13 +7,14 @@ import array
 import os
 import random
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from qcowlib.errors import CorruptMetadata, StorageError
+from qcowlib.errors import CorruptMetadata, QcowError, StorageError
+from qcowlib.image.window import WritableStorageWindow
 from qcowlib.storage.buffer import BytesStorage
 from qcowlib.storage.helpers import read_exact, read_padded
 from qcowlib.storage.local import from_descriptor, open_local
@@ -295,6 +296,35 @@ class TestRecordingOfLocalFile(StorageContract):
     def storage(self, tmp_path: Path) -> Iterator[Storage]:
         with open_local(tmp_path / "file", create=True) as file:
             yield RecordingStorage(file)
+
+
+class TestSlice(StorageContract):
+    """The part of a file behind its first 4 KiB."""
+
+    @pytest.fixture
+    def storage(self) -> Storage:
+        return WritableStorageWindow(BytesStorage(b"before" + bytes(4090)), 4096, None)
+
+
+def test_a_slice_keeps_to_its_place() -> None:
+    file = BytesStorage(b"a" * 3000)
+    window = WritableStorageWindow(file, 1000, 500)
+    window.pwrite(b"b" * 500, 0)
+    window.write_zeroes(100, 100)
+    window.discard(400, 4000)
+    expected = b"a" * 1000 + b"b" * 100 + bytes(100) + b"b" * 200 + bytes(100) + b"a" * 1500
+    assert file.getvalue() == expected
+    attempts: tuple[Callable[[], None], ...] = (
+        lambda: window.pwrite(b"c", 500),
+        lambda: window.write_zeroes(0, 501),
+        lambda: window.allocate(499, 2),
+        lambda: window.truncate(600),
+        lambda: window.pwrite(b"c", -1),
+    )
+    for beyond in attempts:
+        with pytest.raises(QcowError):
+            beyond()
+    assert file.getvalue() == expected
 
 
 class TestFaultyWithoutFaults(StorageContract):
