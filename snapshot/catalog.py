@@ -13,6 +13,7 @@ import stat
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
+from functools import lru_cache
 from hashlib import blake2b
 from urllib.parse import quote
 
@@ -221,9 +222,15 @@ def _stem(name: str) -> str:
     return stem
 
 
+@lru_cache(maxsize=256)
+def _parsed(data: bytes) -> DomainSnapshot:
+    """An operation loads the catalog several times, and XML is slow."""
+    return parse(data)
+
+
 def _parse(path: str, data: bytes) -> DomainSnapshot:
     try:
-        return parse(data)
+        return _parsed(data)
     except ValueError as error:
         raise CatalogError(f"{path}: {error}") from None
 
