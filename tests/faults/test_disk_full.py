@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qcowlib.cli.common import program_name
 from qcowlib.cli.main import main
 from tests.crash.invariants import Content, content_by_second_opinion, examine_broken, examine_healed
 from tests.crash.second_opinion import SecondOpinion
-from tests.oracle import assert_clean, qemu_img, qemu_io
+from tests.oracle import assert_clean, content, qemu_img, qemu_io
 
 KIB, MIB = 1 << 10, 1 << 20
 PAGE = 4096
@@ -151,3 +152,40 @@ def test_new_file(small: Path, qcow: Command, tmp_path: Path) -> None:
     assert_told(*qcow("convert", "-f", "raw", "-O", "raw", source, small / "two.raw"))
     (small / "two.raw").unlink(missing_ok=True)
     assert_told(*qcow("dd", f"if={source}", f"of={small / 'three.raw'}", "bs=64k"))
+
+
+def test_commit(small: Path, qcow: Command, tmp_path: Path) -> None:
+    """The base cannot take it all: the overlay shows what it did; with more room the same command finishes."""
+    base, overlay = small / "base.qcow2", tmp_path / "overlay.qcow2"
+    make(base)
+    qemu_img("create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", overlay)
+    qemu_io(overlay, "write -P 9 0 1800k", "write -z 1900k 64k")
+    expected = content(overlay, tmp_path)
+    fill(small, 100 * KIB)
+    code, text = qcow("commit", overlay)
+    assert (code, text) == (1, f"{program_name()}: Block job failed: {FULL}\n")
+    assert content(overlay, tmp_path) == expected
+    assert_clean(base)
+    (small / "filler").unlink()
+    assert qcow("commit", overlay) == (0, "")
+    assert content(overlay, tmp_path) == content(base, tmp_path) == expected
+    assert_clean(base)
+
+
+def test_rebase(small: Path, qcow: Command, tmp_path: Path) -> None:
+    """The overlay cannot take what the new backing file lacks: it stays on the old one, and reads as before."""
+    base, overlay = tmp_path / "base.qcow2", small / "overlay.qcow2"
+    make(base)
+    qemu_io(base, "write -P 9 0 1800k")
+    qemu_img("create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", overlay)
+    expected = content(overlay, tmp_path)
+    fill(small, 1000 * KIB)
+    code, text = qcow("rebase", "-b", "", overlay)
+    assert (code, text) == (1, f"{program_name()}: Error while writing to COW image: {FULL}\n")
+    assert content(overlay, tmp_path) == expected
+    assert_clean(overlay)
+    (small / "filler").unlink()
+    assert qcow("rebase", "-b", "", overlay) == (0, "")
+    base.unlink()
+    assert content(overlay, tmp_path) == expected
+    assert_clean(overlay)
