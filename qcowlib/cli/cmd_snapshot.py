@@ -16,7 +16,7 @@ from qcowlib.cli.common import (
     stock_text,
     wants_json,
 )
-from qcowlib.cli.opening import image_name, open_image_name, open_image_name_for_writing
+from qcowlib.cli.opening import image_name, open_image_name, open_image_name_for_writing, with_known_format
 from qcowlib.cli.options import Arguments, Option, Syntax, UsageError
 from qcowlib.cli.qapi import dumps
 from qcowlib.cli.snapshot_text import print_snapshot_table, snapshot_members
@@ -81,7 +81,8 @@ def _list(arguments: Arguments, filename: str, as_json: bool) -> int:
 
 
 def _change(arguments: Arguments, filename: str, action: str, snapshot: str) -> int:
-    with open_image_name_for_writing(image_name(arguments, filename), open_backing=False) as image:
+    name = with_known_format(image_name(arguments, filename))
+    with open_image_name_for_writing(name, open_backing=False) as image:
         from qcowlib.image.qcow2 import find_snapshot
         from qcowlib.image.writable import WritableQcow2Image
         from qcowlib.operations.snapshots import apply_snapshot, create_snapshot, delete_snapshot

@@ -20,9 +20,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from qcowlib.errors import ChainError
+from qcowlib.errors import ChainError, OptionError
 from qcowlib.image.drivers import KNOWN_FORMATS
 from qcowlib.image.qemu_json import parse_json_name
+from qcowlib.units import size_value
 
 MAX_DESCRIPTION_DEPTH = 32
 
@@ -317,8 +318,11 @@ def _window(options: dict[str, Any], name: str) -> Window | None:
 
 
 def _number(value: Any, key: str, name: str) -> int:  # noqa: ANN401 - what a JSON parser returns
-    if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) < 20:
-        value = int(value)
+    if isinstance(value, str):
+        try:
+            value = size_value(value)
+        except OptionError:
+            value = None
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 1 << 63:
         raise ChainError(f"the JSON options of '{name}' give no usable {key}")
     return value
