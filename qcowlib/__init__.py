@@ -58,9 +58,11 @@ if TYPE_CHECKING:
         remove_all_bitmaps,
         remove_bitmap,
     )
+    from qcowlib.operations.chain_merge import MergePlan, merge_layer, plan_merge
+    from qcowlib.operations.chain_walk import ChainLink, ChainProblem, ChainReport, examine_chain
     from qcowlib.operations.check import check
-    from qcowlib.operations.compact import compact_image
     from qcowlib.operations.commit import allocated_bytes, commit, make_empty
+    from qcowlib.operations.compact import compact_image
     from qcowlib.operations.compare import Comparison, NotComparable, Outcome, compare
     from qcowlib.operations.convert import convert
     from qcowlib.operations.difference import ChangeKind, ChangeTable, changed_extents, difference
@@ -81,6 +83,9 @@ __all__ = [
     "BlockImage",
     "BytesStorage",
     "ChainError",
+    "ChainLink",
+    "ChainProblem",
+    "ChainReport",
     "ChangeKind",
     "ChangeTable",
     "CheckReport",
@@ -101,6 +106,7 @@ __all__ = [
     "LocalFiles",
     "MapRow",
     "Measurement",
+    "MergePlan",
     "MissingDependency",
     "NoSuchBitmap",
     "NoSuchSnapshot",
@@ -146,11 +152,14 @@ __all__ = [
     "dirty_extents",
     "disable_bitmap",
     "enable_bitmap",
+    "examine_chain",
     "image_space",
     "make_empty",
     "map_image",
     "merge_bitmap",
+    "merge_layer",
     "open_image",
+    "plan_merge",
     "probe_format",
     "rebase",
     "remove_all_bitmaps",
@@ -178,6 +187,8 @@ _MODULES = {
         "DirtyRanges", "add_bitmap", "bitmaps_size", "clear_bitmap", "copy_bitmaps", "dirty_extents", "disable_bitmap",
         "enable_bitmap", "merge_bitmap", "remove_all_bitmaps", "remove_bitmap",
     ),
+    "qcowlib.operations.chain_merge": ("MergePlan", "merge_layer", "plan_merge"),
+    "qcowlib.operations.chain_walk": ("ChainLink", "ChainProblem", "ChainReport", "examine_chain"),
     "qcowlib.operations.check": ("check",),
     "qcowlib.operations.compact": ("compact_image",),
     "qcowlib.operations.commit": ("allocated_bytes", "commit", "make_empty"),

@@ -8,25 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from qcowlib.cli.main import COMMANDS
 from tests.cli.side_by_side import process_environment
 
-COMMANDS = [
-    "bitmap",
-    "check",
-    "commit",
-    "compare",
-    "convert",
-    "create",
-    "dd",
-    "diff",
-    "digest",
-    "info",
-    "map",
-    "rebase",
-    "resize",
-    "snapshot",
-    "space",
-]
 PROBE = """
 import sys
 from qcowlib.cli.main import main
