@@ -15,7 +15,7 @@ import hmac
 import os
 import uuid
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from qcowlib.codecs.ciphers import ALGORITHMS, BlockCipher
 from qcowlib.codecs.key_derivation import (
@@ -88,6 +88,69 @@ def open_luks(
         MissingDependency: the `cryptography` package is not installed.
     """
 
+    keys = read_key_slots(read, length=length, host_offset=host_offset)
+    return _sector_cipher(keys.scheme, keys.find(passphrase, budget))
+
+
+@dataclass(frozen=True)
+class KeySlots:
+    """The key slots of a LUKS header area.
+
+    Attributes:
+        header: as it is in the file.
+        scheme: its algorithms.
+        area: (offset in the header area, length) -> exactly that many bytes.
+    """
+
+    header: LuksHeader
+    scheme: LuksScheme
+    area: HeaderReader
+
+    def key_in(self, number: int, passphrase: bytes) -> bytes | None:
+        """The master key, if a slot is in use and the passphrase fits it."""
+        slot, scheme = self.header.slots[number], self.scheme
+        if not slot.active:
+            return None
+        material = self.area(slot.key_offset * SECTOR_SIZE, scheme.key_length * STRIPES)
+        slot_key = pbkdf2(scheme.hash, _until_nul(passphrase), slot.salt, slot.iterations, scheme.key_length)
+        material = _crypt_material(scheme, slot_key, material, decrypt=True)
+        master_key = merge(scheme.hash, material, STRIPES)
+        fits = hmac.compare_digest(_master_digest(self.header, scheme, master_key), self.header.master_key_digest)
+        return master_key if fits else None
+
+    def find(self, passphrase: bytes, budget: int = DEFAULT_BUDGET) -> bytes:
+        """The master key, by a passphrase that fits any slot.
+
+        Raises:
+            EncryptionError: it fits none, or the budget is too small.
+        """
+        for number, slot in enumerate(self.header.slots):
+            if not slot.active:
+                continue
+            budget -= pbkdf2_cost(self.scheme.hash, slot.iterations, self.scheme.key_length)
+            budget -= pbkdf2_cost(self.scheme.hash, self.header.master_key_iterations, DIGEST_LENGTH)
+            if budget < 0:
+                raise EncryptionError(
+                    f"Keyslot {number} asks for too many iterations "
+                    f"({slot.iterations} for the passphrase, {self.header.master_key_iterations} for the master key)"
+                )
+            master_key = self.key_in(number, passphrase)
+            if master_key is not None:
+                return master_key
+        raise EncryptionError("Invalid password, cannot unlock any keyslot")
+
+    def filled(self, number: int, passphrase: bytes, master_key: bytes, iter_time_ms: int) -> tuple[KeySlot, bytes]:
+        """A slot with a new passphrase, and its key material.
+
+        Raises:
+            OptionError: the time asks for too many iterations.
+        """
+        return _fill_slot(self.scheme, self.header.slots[number], passphrase, master_key, iter_time_ms)
+
+
+def read_key_slots(read: HeaderReader, *, length: int, host_offset: int | None = None) -> KeySlots:
+    """The key slots of a header area; arguments and errors as of `open_luks`."""
+
     def area(offset: int, size: int) -> bytes:
         if offset + size > length:
             raise CorruptMetadata("LUKS header", host_offset, "Request for data outside of extension header")
@@ -97,25 +160,7 @@ def open_luks(
         return data
 
     header = parse_header(area(0, LUKS_HEADER_SIZE), host_offset)
-    scheme = parse_scheme(header)
-    passphrase = _until_nul(passphrase)
-    for number, slot in enumerate(header.slots):
-        if not slot.active:
-            continue
-        budget -= pbkdf2_cost(scheme.hash, slot.iterations, scheme.key_length)
-        budget -= pbkdf2_cost(scheme.hash, header.master_key_iterations, DIGEST_LENGTH)
-        if budget < 0:
-            raise EncryptionError(
-                f"Keyslot {number} asks for too many iterations "
-                f"({slot.iterations} for the passphrase, {header.master_key_iterations} for the master key)"
-            )
-        material = area(slot.key_offset * SECTOR_SIZE, scheme.key_length * STRIPES)
-        slot_key = pbkdf2(scheme.hash, passphrase, slot.salt, slot.iterations, scheme.key_length)
-        material = _crypt_material(scheme, slot_key, material, decrypt=True)
-        master_key = merge(scheme.hash, material, STRIPES)
-        if hmac.compare_digest(_master_digest(header, scheme, master_key), header.master_key_digest):
-            return _sector_cipher(scheme, master_key)
-    raise EncryptionError("Invalid password, cannot unlock any keyslot")
+    return KeySlots(header, parse_scheme(header), area)
 
 
 def create_luks(
@@ -146,20 +191,12 @@ def create_luks(
     scheme = _scheme_of_options(cipher_alg, cipher_mode, ivgen_alg, ivgen_hash_alg, hash_alg)
     if iter_time_ms < 0:
         raise OptionError(f"Parameter 'iter-time' does not accept value '{iter_time_ms}'")
-    passphrase = _until_nul(passphrase)
     master_key = os.urandom(scheme.key_length)
     cipher = _sector_cipher(scheme, master_key)
 
     # An eighth for the master key, as cryptsetup and QEMU do it: it is derived once for each key slot tried.
     header = _empty_header(scheme, _iterations(scheme.hash, DIGEST_LENGTH, iter_time_ms, 8))
-    slot = replace(
-        header.slots[0],
-        state=SLOT_ENABLED,
-        salt=os.urandom(SALT_LENGTH),
-        iterations=_iterations(scheme.hash, scheme.key_length, iter_time_ms, 1),
-    )
-    slot_key = pbkdf2(scheme.hash, passphrase, slot.salt, slot.iterations, scheme.key_length)
-    material = _crypt_material(scheme, slot_key, split(scheme.hash, master_key, STRIPES), decrypt=False)
+    slot, material = _fill_slot(scheme, header.slots[0], passphrase, master_key, iter_time_ms)
     header = replace(
         header,
         master_key_digest=_master_digest(header, scheme, master_key),
@@ -233,6 +270,20 @@ def _empty_header(scheme: LuksScheme, master_key_iterations: int) -> LuksHeader:
             for number in range(SLOT_COUNT)
         ),
     )
+
+
+def _fill_slot(
+    scheme: LuksScheme, slot: KeySlot, passphrase: bytes, master_key: bytes, iter_time_ms: int
+) -> tuple[KeySlot, bytes]:
+    """The slot in use with this passphrase, and its key material."""
+    slot = replace(
+        slot,
+        state=SLOT_ENABLED,
+        salt=os.urandom(SALT_LENGTH),
+        iterations=_iterations(scheme.hash, scheme.key_length, iter_time_ms, 1),
+    )
+    slot_key = pbkdf2(scheme.hash, _until_nul(passphrase), slot.salt, slot.iterations, scheme.key_length)
+    return slot, _crypt_material(scheme, slot_key, split(scheme.hash, master_key, STRIPES), decrypt=False)
 
 
 def _iterations(hash_name: str, length: int, milliseconds: int, divisor: int) -> int:
