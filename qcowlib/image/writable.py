@@ -49,25 +49,37 @@ class WritableQcow2Image(Qcow2Image):
         if state.header.dirty or state.header.version < 3:
             heal(state, storage)
             state = load_state(storage, data_storage)
-        state.for_writing = True
         super().__init__(state, backing=backing, cipher=cipher, backing_left_out=backing_left_out)
         self._lock = threading.RLock()
         self._closed = False
+        self._data_storage = data_storage
+        self._begin(state)
+
+    def _begin(self, state: Qcow2State) -> None:
+        """A session on metadata that has just been read."""
+        state.for_writing = True
         self._compressed_end = 0  # host offset behind the last compressed cluster
         self._compressed_releases = 0
         self._recorder: BitmapRecorder | None = None  # from the first guest write on
         self.growing_to = 0  # size of the disk that a resize prepares, in bytes
-        self.transaction = MetadataTransaction(state, storage, data_storage)
-        self._data_storage = data_storage
+        self.transaction = MetadataTransaction(state, cast(Storage, state.storage), self._data_storage)
         self._writer = ClusterWriter(
             self.transaction,
             GuestAccess(
                 read=self._read_for_copy,
                 store=self.store,
-                alignment=SECTOR_SIZE if cipher is not None else 1,
+                alignment=SECTOR_SIZE if self.cipher is not None else 1,
                 has_backing=state.header.backing_file is not None,
             ),
         )
+
+    def reload(self) -> None:
+        """Read the metadata anew, after an operation that has changed the version or the refcount width."""
+        with self._lock:
+            self.transaction.close()
+            self.state = load_state(self.state.storage, self._data_storage)
+            self.clusters.clear()
+            self._begin(self.state)
 
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes at `offset` (see `BlockImage.read`)."""

@@ -16,15 +16,13 @@ import numpy as np
 from qcowlib.addresses import Geometry
 from qcowlib.errors import OptionError
 from qcowlib.extents import ExtentKind
-from qcowlib.format.bitmap_directory import BitmapEntry
 from qcowlib.format.constants import DEFAULT_CLUSTER_BITS, L1_ENTRY_SIZE, MAX_L1_SIZE
 from qcowlib.image.creation_options import PREALLOCATION_MODES, SECTOR_SIZE, VERSIONS, cluster_bits_of
 from qcowlib.image.holes import HoleFinder
 from qcowlib.image.qcow2 import Qcow2Image, SnapshotView
 from qcowlib.image.reader import ReadableImage
+from qcowlib.operations.bitmaps import bitmaps_size
 from qcowlib.units import round_up
-
-_DIRECTORY_ENTRY = 24  # of a bitmap directory, in bytes, without the name
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ def measure(
     bitmaps = None
     image = source.image if isinstance(source, SnapshotView) else source
     if version >= 3 and isinstance(image, Qcow2Image) and image.header.version >= 3:
-        bitmaps = _bitmaps_size(image.bitmaps, image.size, cluster_size)
+        bitmaps = bitmaps_size(image, cluster_size)
     return Measurement(metadata + required, metadata + virtual, bitmaps)
 
 
@@ -154,14 +152,3 @@ def _metadata_size(geometry: Geometry, virtual: int) -> int:
         blocks = -(-total // geometry.refcount_block_entries)
         table = -(-blocks // (size // 8))
     return meta + (blocks + table) * size
-
-
-def _bitmaps_size(bitmaps: list[BitmapEntry], disk_size: int, cluster_size: int) -> int:
-    """Bytes for tables, bits and directory of bitmaps, all bits allocated."""
-    total = directory = 0
-    for entry in bitmaps:
-        bits = -(-disk_size >> entry.granularity_bits)
-        clusters = round_up(bits, cluster_size * 8) // (cluster_size * 8)
-        total += clusters * cluster_size + round_up(clusters * 8, cluster_size)
-        directory += round_up(_DIRECTORY_ENTRY + len(entry.name.encode("utf-8", "surrogateescape")), 8)
-    return total + round_up(directory, cluster_size)

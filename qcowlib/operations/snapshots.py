@@ -110,7 +110,7 @@ def create_snapshot(
                 extra, length = store_vmstate(transaction, vmstate, state.header.size, target.store)
                 l1, entry = np.concatenate((l1, extra)), replace(entry, vm_state_size=length)
             entry = replace(entry, l1_table_offset=_write_l1_copy(transaction, l1), l1_size=len(l1))
-            _write_table(transaction, [*state.snapshots, entry])
+            write_snapshot_table(transaction, [*state.snapshots, entry])
             add_references(transaction.refcounts, counts)
             clear_copied(state, transaction.storage, kept)
             write_active_l1(transaction)
@@ -185,7 +185,7 @@ def delete_snapshot(image: BlockImage, snapshot: str | SnapshotEntry) -> None:
             counts.add_run(first, first + state.geometry.clusters_for(entry.l1_size * 8))
         transaction.require_space(_table_clusters(state, rest))
         with transaction.direct_writes():
-            _write_table(transaction, rest)
+            write_snapshot_table(transaction, rest)
         transaction.commit()
         state.snapshots = rest
         with transaction.direct_writes():
@@ -235,7 +235,7 @@ def attach_vmstate(image: BlockImage, snapshot: str | SnapshotEntry, vmstate: By
                 vm_state_size_32=None,
             )
             rest = [new if other is entry else other for other in state.snapshots]
-            _write_table(transaction, rest)
+            write_snapshot_table(transaction, rest)
             if len(old):
                 transaction.release(entry.l1_table_offset >> bits, state.geometry.clusters_for(len(old) * 8))
         transaction.commit()
@@ -303,7 +303,7 @@ def _write_l1_copy(transaction: MetadataTransaction, l1: Entries) -> int:
     return offset
 
 
-def _write_table(transaction: MetadataTransaction, snapshots: list[SnapshotEntry]) -> None:
+def write_snapshot_table(transaction: MetadataTransaction, snapshots: list[SnapshotEntry]) -> None:
     """Write the snapshot table into new clusters; LINK swings the header to it, RELEASE frees the old one."""
     state, bits = transaction.state, transaction.state.geometry.cluster_bits
     offset = 0
