@@ -324,7 +324,8 @@ def _standing_step(resolved: Resolved, token: str) -> Step:
         qmp_command("blockdev-del", node_name=node),
     )
     text = "save the memory, with the guest as it stands, into an image that is none of its disks, and copy it"
-    arguments = {"path": resolved.memory_file, "node": node, "job": job}
+    scratch = os.path.join(os.path.dirname(resolved.memory_file or ""), f".domsnap-{token}")
+    arguments = {"path": resolved.memory_file, "scratch": scratch, "node": node, "job": job}
     return Step("save-standing", arguments, text, commands, undo="let QEMU close that image")
 
 

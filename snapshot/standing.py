@@ -1,6 +1,6 @@
 """Memory of a guest that stands, into a file: saved by QEMU into an image that is no disk of it, copied from there.
 
-    scratch (a file without a name) -> fdset -> node -> snapshot-save -> its vm state -> the memory file
+    scratch (its name is taken away at once) -> fdset -> node -> snapshot-save -> its vm state -> the memory file
 
 A migration gives the disks' images away when it has ended, and QEMU 7.2 takes them back only by running the guest. The
 vm state of an internal snapshot is the same stream, and saving it leaves a guest that stands, and its disks, alone.
@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, BinaryIO
 
 import qcowlib
 from snapshot.blockgraph import BlockGraph
@@ -35,8 +35,7 @@ def save_standing(session: Session, arguments: Arguments) -> None:
     """
     node, path = arguments["node"], arguments["path"]
     try:
-        with tempfile.TemporaryFile(dir=os.path.dirname(path)) as scratch:
-            qcowlib.create_image(f"/proc/self/fd/{scratch.fileno()}", _DISK_SIZE)
+        with _nameless(arguments["scratch"]) as scratch:
             name = session.qmp.add_descriptor(scratch.fileno(), node)
             file = {"driver": "file", "filename": name}
             session.qmp.execute("blockdev-add", {"driver": "qcow2", "node-name": node, "file": file})
@@ -50,8 +49,22 @@ def save_standing(session: Session, arguments: Arguments) -> None:
         raise DomainSnapshotError(f"cannot write '{path}': {error.strerror}") from error
 
 
+@contextlib.contextmanager
+def _nameless(path: str) -> Iterator[BinaryIO]:
+    """An empty image without a name, so that nothing of the guest's memory is left whatever happens."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with open(descriptor, "r+b", buffering=0) as file:
+        try:
+            qcowlib.create_image(path, _DISK_SIZE)
+        finally:
+            os.unlink(path)
+        yield file
+
+
 def end_standing(session: Session, arguments: Arguments) -> None:
     """Undo: wait for the end of the job, which cannot be cancelled, and let QEMU close the image."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(arguments["scratch"])
     if session.alive():
         with contextlib.suppress(QmpError):
             wait_for_job(session, arguments["job"], interruptible=False)

@@ -17,6 +17,17 @@ def state_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
 
 
 @pytest.fixture
+def faults(record_property: Callable[[str, object], None]) -> Callable[[int, int], None]:
+    """Count faults that were injected and outcomes that were clean; the run's sums stand in its summary."""
+
+    def count(injected: int, clean: int) -> None:
+        record_property("counted", ("faults in domain operations", {"injected": injected, "clean outcomes": clean}))
+        assert injected == clean > 0
+
+    return count
+
+
+@pytest.fixture
 def rig(tmp_path: Path) -> Iterator[Callable[..., Rig]]:
     """Make a domain: `rig("qcow2", "raw", memory=4)`."""
     rigs: list[Rig] = []

@@ -237,3 +237,5 @@ def ram_record(qmp: Qmp, directory: Path) -> tuple[int, int]:
 
 
 MakeRig = Callable[..., Rig]
+#: Takes the numbers of faults injected and of clean outcomes.
+Faults = Callable[[int, int], None]

@@ -20,7 +20,7 @@ from snapshot.errors import DomainSnapshotError, RecoverNeeded
 from snapshot.model import DiskMode, DiskRequest, Liveness, RevertOptions, SnapshotRequest
 from snapshot.qmp import Qmp, listening, poll
 from tests import oracle
-from tests.live.rig import MakeRig, Rig, consistent, disk_counter, ram_record, snapshot_counters
+from tests.live.rig import Faults, MakeRig, Rig, consistent, disk_counter, ram_record, snapshot_counters
 from tests.live.test_domain_faults import Boom, ByTheTest, Faulty, at_step, boom, state
 
 pytestmark = pytest.mark.live
@@ -109,7 +109,7 @@ def recovered(guest: Rig, domain: ActiveDomain, catalog: Catalog) -> ActiveDomai
 
 @ways("load", "swap", "anew", "memory in a base")
 @pytest.mark.parametrize("keep", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["discard", "keep"])
-def test_an_error_at_each_step_of_a_revert(rig: MakeRig, tmp_path: Path, way: str, keep: bool) -> None:
+def test_an_error_at_each_step_of_a_revert(rig: MakeRig, tmp_path: Path, faults: Faults, way: str, keep: bool) -> None:
     guest, domain, catalog, total = prepared(rig, tmp_path, way, keep=keep)
     injected = clean = 0
     for number in range(total):
@@ -125,7 +125,8 @@ def test_an_error_at_each_step_of_a_revert(rig: MakeRig, tmp_path: Path, way: st
         injected += 1
         assert_fits(guest, domain)
         clean += 1
-    assert injected == clean == total
+    faults(injected, clean)
+    assert injected == total
     finish(guest, domain)
 
 
@@ -162,7 +163,7 @@ def in_front_of(execute: Callable[..., Any], failing: Faulty) -> Callable[..., A
 @ways("anew")
 @pytest.mark.parametrize("late", [False, True])
 def test_each_command_of_a_revert_refused_or_unanswered(
-    rig: MakeRig, tmp_path: Path, way: str, late: bool, monkeypatch: pytest.MonkeyPatch
+    rig: MakeRig, tmp_path: Path, faults: Faults, way: str, late: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`late`: QEMU, the old or the new one, does what it was told, but the answer does not come."""
     guest, domain, catalog, _total = prepared(rig, tmp_path, way)
@@ -191,13 +192,14 @@ def test_each_command_of_a_revert_refused_or_unanswered(
         wait_for_count(guest, domain, way)
         assert_fits(guest, domain)
         clean += 1
-    assert injected == clean > 5, (injected, clean)
+    faults(injected, clean)
+    assert injected > 5
     finish(guest, domain)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
-def test_the_death_of_domsnap_at_each_step_of_a_revert(rig: MakeRig, tmp_path: Path, way: str) -> None:
+def test_the_death_of_domsnap_at_each_step_of_a_revert(rig: MakeRig, tmp_path: Path, faults: Faults, way: str) -> None:
     guest, domain, catalog, total = prepared(rig, tmp_path, way)
     domain.close()
     injected = clean = 0
@@ -231,12 +233,13 @@ def test_the_death_of_domsnap_at_each_step_of_a_revert(rig: MakeRig, tmp_path: P
         assert_fits(guest, domain)
         domain.close()
         clean += 1
-    assert injected == clean == total
+    faults(injected, clean)
+    assert injected == total
     finish(guest, guest.connect())
 
 
 @ways("anew")
-def test_the_death_of_qemu_at_each_step_of_a_revert(rig: MakeRig, tmp_path: Path, way: str) -> None:
+def test_the_death_of_qemu_at_each_step_of_a_revert(rig: MakeRig, tmp_path: Path, faults: Faults, way: str) -> None:
     guest, domain, catalog, total = prepared(rig, tmp_path, way)
     journal = executor.Journal(catalog.directory)
     snapshot = catalog.load()[0]
@@ -276,7 +279,8 @@ def test_the_death_of_qemu_at_each_step_of_a_revert(rig: MakeRig, tmp_path: Path
             assert oracle.image_check(one.disk.path)["rc"] in (0, 3)
         assert snapshot_counters(snapshot) == wanted
         clean += 1
-    assert injected == clean == total
+    faults(injected, clean)
+    assert injected == total
 
 
 @contextlib.contextmanager
