@@ -12,6 +12,7 @@ from qcowlib.errors import QcowError
 
 if TYPE_CHECKING:
     from qcowlib.image.interface import BlockImage
+    from qcowlib.operations.bitmap_changes import BitmapChanges
 
 SYNTAX = Syntax(
     "bitmap",
@@ -59,12 +60,15 @@ def run(arguments: Arguments) -> int:
         open_image_name_for_writing(target, open_backing=False) as image,
         _source_image(source, arguments.last("source-format")) as other,
     ):
-        for name, value in actions:
-            try:
-                _act(image, name, bitmap, value, other, granularity or None)
-            except QcowError as error:
-                about = "all bitmaps" if name == "remove-all" else f"bitmap {bitmap}"
-                raise CommandFailed(f"Operation {name} on {about} failed: {stock_text(error)}") from error
+        from qcowlib.operations.bitmap_changes import change_bitmaps
+
+        with change_bitmaps(image) as changes:
+            for name, value in actions:
+                try:
+                    _act(changes, name, bitmap, value, other, granularity or None)
+                except QcowError as error:
+                    about = "all bitmaps" if name == "remove-all" else f"bitmap {bitmap}"
+                    raise CommandFailed(f"Operation {name} on {about} failed: {stock_text(error)}") from error
     return 0
 
 
@@ -84,21 +88,19 @@ def _source_image(source: str | None, image_format: str | None) -> BlockImage | 
 
 
 def _act(
-    image: BlockImage, action: str, bitmap: str, value: str, source: BlockImage | None, granularity: int | None
+    changes: BitmapChanges, action: str, bitmap: str, value: str, source: BlockImage | None, granularity: int | None
 ) -> None:
-    from qcowlib.operations import bitmaps
-
     if action == "add":
-        bitmaps.add_bitmap(image, bitmap, granularity=granularity)
+        changes.add(bitmap, granularity)
     elif action == "merge":
-        bitmaps.merge_bitmap(image, bitmap, value, source)
+        changes.merge(bitmap, value, source)
     elif action == "remove-all":
-        bitmaps.remove_all_bitmaps(image)
+        changes.remove_all()
     else:
         change = {
-            "remove": bitmaps.remove_bitmap,
-            "clear": bitmaps.clear_bitmap,
-            "enable": bitmaps.enable_bitmap,
-            "disable": bitmaps.disable_bitmap,
+            "remove": changes.remove,
+            "clear": changes.clear,
+            "enable": changes.enable,
+            "disable": changes.disable,
         }[action]
-        change(image, bitmap)
+        change(bitmap)

@@ -26,7 +26,7 @@ from qcowlib.format.bitmap_directory import (
     classify_bitmap_table,
     invalid_bitmap_table_entries,
 )
-from qcowlib.format.entries import ENTRY_DTYPE, Entries, Int64Array, Uint8Array, offsets
+from qcowlib.format.entries import ENTRY_DTYPE, BoolArray, Entries, Int64Array, Uint8Array, offsets
 from qcowlib.metadata.references import empty_words, read_tables
 from qcowlib.metadata.transaction import MetadataTransaction
 from qcowlib.storage.helpers import read_exact
@@ -201,6 +201,20 @@ class BitmapBits:
         if data is None:
             data = self.changed[index] = self._clusters(index, index + 1)
         return data
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of bits in the file."""
+        return int(np.count_nonzero(self._stored())) * self._geometry.cluster_size
+
+    def fetch(self) -> None:
+        """Hold all bits in memory, to be written to other clusters."""
+        for index in np.flatnonzero(self._stored()).tolist():
+            self._bytes_of(index)
+
+    def _stored(self) -> BoolArray:
+        kinds: BoolArray = classify_bitmap_table(self.table) == BitmapCluster.DATA
+        return kinds
 
     def clear(self) -> None:
         """Clear all bits."""

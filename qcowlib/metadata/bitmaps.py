@@ -160,22 +160,27 @@ def start_recording(transaction: MetadataTransaction) -> BitmapRecorder:
     return BitmapRecorder(transaction, chosen)
 
 
-def put_bits(transaction: MetadataTransaction, entry: BitmapEntry, bits: BitmapBits) -> BitmapEntry:
+def put_bits(
+    transaction: MetadataTransaction, entry: BitmapEntry, bits: BitmapBits, *, anew: bool = False
+) -> BitmapEntry:
     """Phase FILL: write bits and table of a bitmap into new clusters; what they replace is freed in RELEASE.
 
     Args:
         transaction: of the image.
         entry: the bitmap's entry; its table on disk is the one that is replaced (none where `table_offset` is 0).
         bits: the bits as they shall be.
+        anew: write all of it, also what has not changed.
 
     Returns: the entry with its new table.
     """
     geometry, storage = transaction.state.geometry, transaction.storage
+    if anew:
+        bits.fetch()
     bits.spill(transaction)
-    release_clusters(transaction, bits.abandoned().astype(np.uint64) << np.uint64(geometry.cluster_bits))
+    release_abandoned(transaction, bits)
     if entry.table_offset:
         old = read_bitmap_table(storage, entry, geometry.cluster_size)
-        if np.array_equal(old, bits.table):
+        if np.array_equal(old, bits.table) and not anew:
             return entry
         kept = min(len(old), len(bits.table))
         gone = old.copy()
@@ -197,6 +202,12 @@ def release_bits(transaction: MetadataTransaction, entry: BitmapEntry) -> None:
     geometry = transaction.state.geometry
     release_clusters(transaction, read_bitmap_table(transaction.storage, entry, geometry.cluster_size))
     transaction.release(entry.table_offset >> geometry.cluster_bits, geometry.clusters_for(entry.table_size * 8))
+
+
+def release_abandoned(transaction: MetadataTransaction, bits: BitmapBits) -> None:
+    """Free, in RELEASE, what was spilled for these bits and is not a part of them any more."""
+    for first, count in cluster_runs(bits.abandoned()):
+        transaction.release(first, count)
 
 
 def release_clusters(transaction: MetadataTransaction, table: Entries) -> None:
