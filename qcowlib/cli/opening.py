@@ -184,8 +184,8 @@ def with_known_format(name: ImageName) -> ImageName:
     try:
         with open_local(name.reference.path, writable=False, force_share=True) as storage:
             found = probe_format(storage)
-    except QcowError as error:
-        raise not_opened(name, error) from error
+    except QcowError:
+        return name  # whoever opens it for writing says why that is not possible
     if found == "raw":
         print(
             f"WARNING: Image format was not specified for '{name.reference.path}' and probing guessed raw.\n"
