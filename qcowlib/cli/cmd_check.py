@@ -139,7 +139,7 @@ def _repair(arguments: Arguments, name: ImageName, mode: str) -> int:
             if plan.refusal is not None and not _is_told(plan):
                 report(f"Nothing was repaired: {plan.refusal}")
             return code
-        for line in _lines(plan):
+        for line in _lines(plan, dry_run=dry_run):
             print(line, file=sys.stderr)
         if plan.failure is not None:
             report(f"Check failed: {plan.failure}")
@@ -169,9 +169,11 @@ def _is_told(plan: RepairPlan) -> bool:
     return any(finding.code == "refcount-overflow" for finding in plan.report.findings)
 
 
-def _lines(plan: RepairPlan) -> list[str]:
+def _lines(plan: RepairPlan, *, dry_run: bool) -> list[str]:
     """What a plan has to say: findings, what is lost, and what is done beyond the findings."""
     lines = [*plan.lines, *plan.actions]
+    if dry_run and plan.moved:  # nothing that a reader of the image would see
+        lines.append(f"{plan.moved} guest clusters lie on metadata; they are copied away")
     lines += [f"Lost: {snapshot}" for snapshot in plan.lost_snapshots if plan.lost or plan.actions]
     lines += [
         f"Lost: {lost.layer}, {lost.length} bytes at {lost.start:#x}, which read as zeroes or from the backing file now"

@@ -97,6 +97,7 @@ class MappingRepair:
         header: with the new place of the snapshot table, and without bitmaps where they had to be dropped.
         lost: guest ranges that were dropped, layer by layer; `more_lost` counts those beyond 100,000.
         actions: what was done that no finding of a check names.
+        moved: guest clusters that were copied away from metadata.
     """
 
     def __init__(self, base: ReadStorage, overlay: OverlayStorage, header: Header, rescued: RescuedSnapshots) -> None:
@@ -111,6 +112,7 @@ class MappingRepair:
         self.lost: list[LostRange] = []
         self.more_lost = 0
         self.actions: list[str] = []
+        self.moved = 0
         self._next = 0  # next cluster behind the end of the file; 0: none was taken yet
 
     def drop(self) -> None:
@@ -431,7 +433,7 @@ class MappingRepair:
                     old = read_padded(self.base, low, (int(last[row, index]) + 1 << bits) - low)
                     new = entry + self._new_clusters(old) - low
                 self.overlay.stage(new.to_bytes(8, "big"), where)
-                self.actions.append(f"guest data at {int(start[row, index]):#x} is copied away from metadata")
+                self.moved += 1
 
     def _write_snapshot_table(self) -> None:
         """Let the header name the snapshots that are kept."""

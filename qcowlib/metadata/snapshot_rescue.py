@@ -150,7 +150,8 @@ class _Rescue:
         strings = position + _FIXED + extra_size
         kept_extra = min(extra_size, k.MAX_SNAPSHOT_EXTRA_DATA)
         following = end + -end % 8
-        fits = self.header.snapshots_offset + end <= self.file_end and (is_last or self._is_entry(following))
+        fits = self.header.snapshots_offset + end - self.file_end < self.header.cluster_size
+        fits &= is_last or self._is_entry(following)
         if mended and not _is_text(self._read(strings, id_size + name_size)):
             for likely in _LIKELY_EXTRA_DATA:
                 start = position + _FIXED + likely

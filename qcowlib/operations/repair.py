@@ -58,6 +58,7 @@ class RepairPlan:
         report: the findings of the first check.
         lines: what to tell, in order: findings as they are, or "Repairing ..." where they will be repaired.
         actions: what is done beyond that, in words.
+        moved: guest clusters that lie on metadata, and are copied away.
         lost: guest ranges that are dropped, at most 100,000; `more_lost` counts the others.
         lost_snapshots: snapshots that are dropped.
         leaks_fixed, corruptions_fixed: counters as of `qemu-img check --output=json`.
@@ -69,6 +70,7 @@ class RepairPlan:
     report: CheckReport
     lines: list[str] = field(default_factory=list)
     actions: list[str] = field(default_factory=list)
+    moved: int = 0
     lost: list[LostRange] = field(default_factory=list)
     more_lost: int = 0
     lost_snapshots: list[str] = field(default_factory=list)
@@ -213,14 +215,14 @@ class _Planning:
         plan.corruptions_fixed = (
             int(header_damaged) + _count(mended) + _count(told) + sum(count for _, _, count in rescued.repairs)
         )
-        released = self._tell_refcounts(plan, found)
+        rebuild = self._tell_refcounts(plan, found, rescued)
         if damaged:
             mapping.move()
         plan.keeps_bytes |= mapping.header != self.header or header_damaged or self.overlay.has_staged
         plan.lost, plan.more_lost = mapping.lost, mapping.more_lost
-        plan.actions = self.found_again + mapping.actions
+        plan.actions, plan.moved = self.found_again + mapping.actions, mapping.moved
         plan.lost_snapshots = rescued.lost
-        header = self._repair_refcounts(mapping.header, found, rebuild=released is not None, sound=not damaged)
+        header = self._repair_refcounts(mapping.header, found, rebuild=rebuild, sound=not damaged)
         self._finish(plan, header)
         self._prove(header)
         return plan
@@ -307,8 +309,8 @@ class _Planning:
             self.overlay.pwrite(bytes(8), self.header.refcount_table_offset + 8 * index)
         self.overlay.flush()
 
-    def _tell_refcounts(self, plan: RepairPlan, found: Census) -> bool | None:
-        """Lines and numbers of what is wrong with refcounts and flags; True where they must be made anew, else None.
+    def _tell_refcounts(self, plan: RepairPlan, found: Census, rescued: RescuedSnapshots) -> bool:
+        """Lines and numbers of what is wrong with refcounts and flags; whether they must be made anew.
 
         As for QEMU, that is so where a cluster in use has the refcount zero, or the structure itself is damaged.
         """
@@ -323,14 +325,16 @@ class _Planning:
         plan.lines += lines
         if rebuild:
             plan.lines += ["Rebuilding refcount structure", *self._released_lines(found)]
+            header = replace(self.header, refcount_table_offset=0, refcount_table_clusters=0)
+            copied = self._copied(census(self._state(header), rescued))
         else:
             plan.lines += [_repairing(line) for line in lines]
-        copied = self._copied(found)
+            copied = self._copied(found)
         plan.lines += [_repairing(finding.text) for finding in copied]
         plan.corruptions_fixed += _count(copied)
         plan.corruptions_fixed += sum(f.count for f in before.findings if f.code == "refcount-too-low")
         plan.leaks_fixed += before.leaks
-        return True if rebuild else None
+        return rebuild
 
     def _repair_refcounts(self, header: Header, found: Census, *, rebuild: bool, sound: bool) -> Header:
         """The refcounts and COPIED flags for the mapping as it is now; returns the header then.
