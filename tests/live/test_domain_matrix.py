@@ -1,8 +1,8 @@
 """Each way of taking a snapshot of a running guest, twenty times: of one instant, and again after going back.
 
 One guest per way: twenty snapshots in a row, then back to each of them. The run's summary has a line for each way. The
-host's oracle decides; it is exact (see `rig`). Without memory it asks for the same of the disks, at a moment between two
-looks at the guest's memory.
+host's oracle decides; it is exact (see `rig`). Without memory it asks for the same of the disks, at a moment between
+two looks at the guest's memory.
 """
 
 import time
