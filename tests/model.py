@@ -50,11 +50,11 @@ class DiskModel:
 
     def write(self, offset: int, data: bytes) -> None:
         self.content[offset : offset + len(data)] = data
-        self._mark(offset, len(data))
+        self.mark(offset, len(data))
 
     def write_zeroes(self, offset: int, length: int) -> None:
         self.content[offset : offset + length] = bytes(length)
-        self._mark(offset, length)
+        self.mark(offset, length)
 
     def discard(self, offset: int, length: int) -> None:
         """Only whole clusters are given back; the last one ends with the disk."""
@@ -63,9 +63,10 @@ class DiskModel:
         last = end if end == self.size else end // self.cluster_size * self.cluster_size
         if self.can_discard and first < last:
             self.content[first:last] = bytes(last - first)
-        self._mark(offset, length)
+        self.mark(offset, length)
 
-    def _mark(self, offset: int, length: int) -> None:
+    def mark(self, offset: int, length: int) -> None:
+        """Let the bitmaps that record say that a range has changed."""
         for bitmap in self.bitmaps.values():
             if bitmap.enabled:
                 bitmap.mark(offset, length)

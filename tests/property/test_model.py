@@ -250,6 +250,65 @@ class ImageProgram(RuleBasedStateMachine):
                 found.mark(start, length)
         assert found.bits == model.bits, f"{name}: {sorted(found.bits ^ model.bits)[:5]} differ"
 
+    @rule(
+        steps=st.lists(st.tuples(offsets, lengths, st.integers(0, 255)), min_size=1, max_size=3),
+        cluster_size=st.sampled_from([512, 4096, 65536]),
+        compat=st.sampled_from(["1.1", "0.10"]),
+    )
+    def commit_an_overlay(self, steps: list[tuple[int, int, int]], cluster_size: int, compat: str) -> None:
+        """An overlay gets writes (of zeroes, where the seed is 0), and is committed to the image."""
+        self.opened.close()
+        path = self.directory / "above"
+        qcowlib.create_overlay(path, str(self.path), backing_fmt="qcow2", cluster_size=cluster_size, compat=compat)
+        with self.open_other(path, writable=True) as overlay:
+            assert isinstance(overlay, WritableQcow2Image)
+            for offset, length, seed in steps:
+                data = random.Random(seed).randbytes(min(length, SIZE - offset)) if seed else bytes(length)
+                data = data[: SIZE - offset]
+                if seed:
+                    overlay.write(offset, data)
+                else:
+                    overlay.write_zeroes(offset, len(data))
+                self.model.content[offset : offset + len(data)] = data
+            overlay.leave_out_backing()
+            for row in (row for table in overlay.layer_extents(0, SIZE) for row in table):
+                if row.kind is not qcowlib.ExtentKind.UNALLOCATED:
+                    self.model.mark(row.start, row.length)
+            self.open()
+            qcowlib.commit(overlay, self.opened)
+            qcowlib.make_empty(overlay)
+            assert qcowlib.allocated_bytes(overlay) == 0
+        self.assert_reads(0, SIZE, "after commit")
+        self.opened.close()
+        with self.open_other(path) as overlay:
+            assert_equal(overlay.read(0, SIZE), self.model.content, "emptied overlay")
+        path.unlink()
+        self.open()
+
+    # A snapshot shows whatever the backing file is; what is copied is marked in bitmaps, but does not change.
+    @precondition(
+        lambda self: not self.model.snapshots and not self.model.bitmaps and not self.options.get("data_file_raw")
+    )
+    @rule(below=st.sampled_from([None, "base", "second"]), compressed=st.booleans())
+    def rebase(self, below: str | None, compressed: bool) -> None:
+        """Onto nothing, the first backing file, or another one."""
+        if below is None:
+            qcowlib.rebase(self.opened, None, compressed=compressed and self.compresses)
+        else:
+            path = self.directory / below
+            if not path.exists():
+                path.write_bytes(random.Random(below).randbytes(SIZE // 3) + bytes(50_000) + b"x" * SIZE)
+            with self.open_other(path) as new:
+                qcowlib.rebase(self.opened, below, new.format, new=new, compressed=compressed and self.compresses)
+        self.model.can_discard = below is None or self.options.get("compat") != "0.10"
+        self.opened.close()
+        self.open()
+        self.assert_reads(0, SIZE, "after rebase")
+
+    def open_other(self, path: Path, *, writable: bool = False) -> qcowlib.Qcow2Image | qcowlib.RawImage:
+        passphrase = None if self.encryption is None else PASSPHRASE
+        return open_image(path, writable=writable, policy=LocalFiles(), passphrase=passphrase)
+
     @rule(offset=offsets, length=lengths)
     def read(self, offset: int, length: int) -> None:
         length = min(length, SIZE - offset)
