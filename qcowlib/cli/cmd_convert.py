@@ -27,7 +27,7 @@ from qcowlib.cli.creation_options import (
     print_option_help,
     require_creatable,
 )
-from qcowlib.cli.opening import ImageName, image_name, not_opened, open_image_name, options_name
+from qcowlib.cli.opening import ImageName, image_name, open_image_name, options_name, with_known_format
 from qcowlib.cli.options import Arguments, Option, Syntax, help_wanted, join_option_lists
 from qcowlib.cli.progress import Progress
 from qcowlib.cli.secrets import read_secrets
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from concurrent.futures import Executor
 
     from qcowlib.image.reader import ReadableImage
+    from qcowlib.image.references import Reference
     from qcowlib.operations.copy_source import Loss
 
 SYNTAX = Syntax(
@@ -86,11 +87,13 @@ _JOINED_WITH_BACKING = "Having a backing file for the target makes no sense when
 
 
 class _Target(NamedTuple):
-    """What is written: a name for messages, a path, a format, a backing file, creation options."""
+    """What is written: a name for messages, a path, a format, the way to open an existing one, a backing file,
+    creation options."""
 
     text: str
     path: str
     format: str
+    existing: Reference | None = None
     passphrase: bytes | None = None
     backing_file: str | None = None
     backing_format: str | None = None
@@ -143,7 +146,7 @@ def _convert(
     try:
         convert(
             images,
-            target.path,
+            target.existing or target.path,
             target_format=target.format,
             create=create,
             compressed=arguments.has("compressed"),
@@ -237,7 +240,7 @@ def _target(arguments: Arguments, filename: str, option_text: str | None, *, joi
         raise CommandFailed("Use of backing file requires explicit backing format")
     _refuse_compression(arguments, image_format, options)
     path = ImageName.of_file(filename).reference.path
-    return _Target(filename, path, image_format, None, backing, backing_format, options)
+    return _Target(filename, path, image_format, None, None, backing, backing_format, options)
 
 
 def _existing_target(
@@ -247,12 +250,11 @@ def _existing_target(
         name = options_name(filename, secrets)
     else:
         name = ImageName.of_file(filename, image_format or "raw")
-    if name.reference.windows or name.reference.backing is not None:
-        raise not_opened(name, OptionError("a target can be described by driver, file name and key alone"))
-    if name.reference.format is None:
-        raise not_opened(name, OptionError("the target's options have to say its driver"))
-    _refuse_compression(arguments, name.reference.format, {})
-    return _Target(filename, name.reference.path, name.reference.format, name.passphrase, arguments.last("backing"))
+    name = with_known_format(name)
+    image_format = name.reference.format or "raw"
+    _refuse_compression(arguments, image_format, {})
+    path = name.reference.path
+    return _Target(filename, path, image_format, name.reference, name.passphrase, arguments.last("backing"))
 
 
 def _refuse_compression(arguments: Arguments, image_format: str, options: dict[str, Any]) -> None:

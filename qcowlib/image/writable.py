@@ -20,6 +20,8 @@ from qcowlib.metadata.state import Qcow2State, load_state
 from qcowlib.metadata.transaction import MetadataTransaction
 from qcowlib.storage.protocol import Buffer, Storage
 
+_ZEROED_TABLES = 8 << 20
+
 
 class WritableQcow2Image(Qcow2Image):
     """A qcow2 image that can be read and written.
@@ -120,10 +122,16 @@ class WritableQcow2Image(Qcow2Image):
     def write_zeroes(self, offset: int, length: int) -> None:
         """Make the range read as zeroes, by zero clusters where that is possible. Raises as `write`."""
         self._change(offset, length)
+        # So many L2 tables at once that the changed ones have room in memory.
+        step = self.state.geometry.l2_coverage * max(1, _ZEROED_TABLES // self.cluster_size)
         with self._changing():
             self._record(offset, length)
-            self._writer.write_zeroes(offset, length)
-            self._commit_under_pressure()
+            stop = offset + length
+            while offset < stop:
+                border = min(stop, (offset // step + 1) * step)
+                self._writer.write_zeroes(offset, border - offset)
+                self._commit_under_pressure()
+                offset = border
 
     def discard(self, offset: int, length: int) -> None:
         """Give whole clusters of the range back; they then read as zeroes.

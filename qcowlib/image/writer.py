@@ -120,7 +120,7 @@ class ClusterWriter:
         if low < first:
             self._zero_subclusters(low, first)
         if first < last:
-            self._zero_clusters(first, last)
+            self._zero_clusters(first, last, everywhere=True)
         if last < high:
             self._zero_subclusters(last, high)
 
@@ -177,7 +177,7 @@ class ClusterWriter:
         end = offset + length
         first, last = -(-offset // size) * size, end if end == self._state.header.size else end // size * size
         if first < last and (self._version >= 3 or not self._guest.has_backing):
-            self._zero_clusters(first, last)
+            self._zero_clusters(first, last, everywhere=False)
 
     def link_compressed(self, guest: int, entry: int) -> None:
         """Let the cluster at a guest offset be the compressed one that an L2 entry describes."""
@@ -345,12 +345,17 @@ class ClusterWriter:
         for position in range(start, stop, step):
             self.write(position, memoryview(bytes(min(step, stop - position))))
 
-    def _zero_clusters(self, start: int, stop: int) -> None:
-        """Zero whole clusters by their entries; `stop` may be the end of the disk inside a cluster."""
+    def _zero_clusters(self, start: int, stop: int, *, everywhere: bool) -> None:
+        """Zero whole clusters by their entries; `stop` may be the end of the disk inside a cluster.
+
+        Args:
+            everywhere: also say so where nothing is allocated and no backing file shows (version 3).
+        """
         geometry = self._geometry
         for low, high in self._table_pieces(start, stop):
             l1_index = geometry.l1_index(low)
-            if not self._state.l1.item(l1_index) & L2_OFFSET_MASK and not self._guest.has_backing:
+            everywhere = self._guest.has_backing or (everywhere and self._version >= 3)
+            if not self._state.l1.item(l1_index) & L2_OFFSET_MASK and not everywhere:
                 continue
             table = self._transaction.writable_table(l1_index)
             first = geometry.l2_index(low)
@@ -361,7 +366,7 @@ class ClusterWriter:
                 continue
             entries = table.entries[first:last]
             kinds = classify_many(entries, geometry.extended_l2, False)
-            change = (kinds != ClusterType.UNALLOCATED) | self._guest.has_backing
+            change = (kinds != ClusterType.UNALLOCATED) | everywhere
             if table.bitmaps is not None:
                 change |= table.bitmaps[first:last] != 0
             self._release(entries[change])

@@ -15,6 +15,7 @@ from qcowlib.errors import BitmapError, OptionError
 from qcowlib.image.creation_options import CreationOptions
 from qcowlib.image.policy import OpenPolicy
 from qcowlib.image.reader import ReadableImage
+from qcowlib.image.references import Reference
 from qcowlib.image.writable import WritableQcow2Image
 from qcowlib.operations.bitmaps import copy_bitmaps, require_bitmaps_possible, require_copyable
 from qcowlib.operations.copy_source import CopySource, Loss
@@ -26,7 +27,7 @@ DEFAULT_SPARSE_SIZE = 4096
 
 def convert(
     source: ReadableImage | Sequence[ReadableImage],
-    target: str | os.PathLike[str],
+    target: str | os.PathLike[str] | Reference,
     *,
     target_format: str = "raw",
     create: bool = True,
@@ -56,7 +57,7 @@ def convert(
 
     Args:
         source: an opened image, or a snapshot of one; or several.
-        target: name of the file to write.
+        target: name of the file to write; an existing one can be described by a `Reference`.
         target_format: "raw" or "qcow2".
         create: make the target, with the size of the source; False writes into an existing one.
         compressed: write compressed clusters (qcow2 only).
@@ -88,7 +89,7 @@ def convert(
         StorageError, ImageLocked, ChainError: the target cannot be made or written. Nothing is left under its name if
             it was to be made; a note at the error says so if it existed before.
     """
-    path = os.fspath(target)
+    path = target.path if isinstance(target, Reference) else os.fspath(target)
     images = [source] if isinstance(source, ReadableImage) else list(source)
     _refuse_bad_options(target_format, create, compressed, backing_file, target_is_zero, options)
     if bitmaps:
@@ -127,7 +128,7 @@ def convert(
         refuse_own_source(images, *(file.name for file in local_files(image)))
         _refuse_existing(image, joined.size, compressed=compressed, bitmaps=bitmaps)
 
-    with taken(path, target_format, check, policy=policy, passphrase=target_passphrase, durable=durable) as image:
+    with taken(target, target_format, check, policy=policy, passphrase=target_passphrase, durable=durable) as image:
         fill(image, 0 if target_is_zero else NEVER)
 
 

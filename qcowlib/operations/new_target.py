@@ -23,7 +23,7 @@ from qcowlib.image.policy import OpenPolicy
 from qcowlib.image.qcow2 import MappedLayer
 from qcowlib.image.raw import RawImage
 from qcowlib.image.reader import ReadableImage
-from qcowlib.image.references import data_file_path
+from qcowlib.image.references import Reference, data_file_path
 from qcowlib.image.writable import WritableQcow2Image
 from qcowlib.operations.copying import NEVER, WritableImage
 from qcowlib.operations.offload import host_file
@@ -107,7 +107,7 @@ def created(new: NewTarget) -> Iterator[WritableImage]:
 
 @contextmanager
 def taken(
-    path: str,
+    target: str | os.PathLike[str] | Reference,
     image_format: str,
     check: Callable[[WritableImage], None],
     *,
@@ -121,7 +121,7 @@ def taken(
     """
     begun = False
     try:
-        with open_image(path, format=image_format, writable=True, policy=policy, passphrase=passphrase) as image:
+        with open_image(target, format=image_format, writable=True, policy=policy, passphrase=passphrase) as image:
             check(image)
             for file in local_files(image):
                 file.durable = durable
@@ -129,6 +129,7 @@ def taken(
             yield image
     except BaseException as error:
         if begun:
+            path = target.path if isinstance(target, Reference) else os.fspath(target)
             error.add_note(f"'{path}' is incomplete")
         raise
 
