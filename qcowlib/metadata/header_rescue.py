@@ -1,19 +1,27 @@
-"""A header read for a repair: fields that everything else can do without are taken as empty where they are unusable."""
+"""A header read for a repair: fields that can be had otherwise are put right where they are unusable.
+
+refcount table, bitmaps     taken as empty: the one is made anew, the others are dropped
+size of the L1 table        what the disk size needs
+place of the L1 table       0: it is looked for
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from itertools import combinations
+
+from qcowlib.addresses import Geometry
 from qcowlib.errors import FormatError, UnsupportedFeature
-from qcowlib.format.features import Autoclear
+from qcowlib.format.constants import MAX_CLUSTER_BITS, MAX_INT64, MIN_CLUSTER_BITS
+from qcowlib.format.features import Autoclear, Incompatible
 from qcowlib.format.header import Header, header_span, parse_header
 from qcowlib.storage.protocol import ReadStorage
 
-_REFCOUNT_TABLE = slice(48, 60)  # offset and clusters
-_AUTOCLEAR_LOW = 95  # the byte with the lowest autoclear bits, version 3
 _SECTOR = 512
 
 
 def rescue_header(storage: ReadStorage) -> Header:
-    """The header of a qcow2 file; without a refcount table, or without bitmaps, where the header's are unusable.
+    """The header of a qcow2 file, with as few fields put right as it takes.
 
     Raises:
         FormatError, UnsupportedFeature: the header is damaged beyond that.
@@ -25,22 +33,42 @@ def rescue_header(storage: ReadStorage) -> Header:
     except UnsupportedFeature:
         raise
     except FormatError:
-        for candidate in (_without_refcounts(data), _without_bitmaps(data), _without_bitmaps(_without_refcounts(data))):
-            try:
-                return parse_header(candidate, storage.size(), for_check=True)
-            except FormatError:
-                continue
+        for number in range(1, len(_REMEDIES) + 1):
+            for remedies in combinations(_REMEDIES, number):
+                changed = bytearray(data.ljust(_SECTOR, b"\0"))
+                for remedy in remedies:
+                    remedy(changed)
+                try:
+                    return parse_header(bytes(changed), storage.size(), for_check=True)
+                except FormatError:
+                    continue
         raise
 
 
-def _without_refcounts(data: bytes) -> bytes:
-    changed = bytearray(data)
-    changed[_REFCOUNT_TABLE] = bytes(12)
-    return bytes(changed)
+def _without_refcounts(header: bytearray) -> None:
+    header[48:60] = bytes(12)
 
 
-def _without_bitmaps(data: bytes) -> bytes:
-    changed = bytearray(data)
-    if len(changed) > _AUTOCLEAR_LOW and changed[7] >= 3:
-        changed[_AUTOCLEAR_LOW] &= ~Autoclear.BITMAPS & 0xFF
-    return bytes(changed)
+def _without_bitmaps(header: bytearray) -> None:
+    if header[7] >= 3:
+        header[95] &= ~Autoclear.BITMAPS & 0xFF
+
+
+def _with_l1_size(header: bytearray) -> None:
+    cluster_bits, size = int.from_bytes(header[20:24], "big"), int.from_bytes(header[24:32], "big")
+    if MIN_CLUSTER_BITS <= cluster_bits <= MAX_CLUSTER_BITS and size <= MAX_INT64:
+        extended_l2 = header[7] >= 3 and bool(header[79] & Incompatible.EXTENDED_L2)
+        needed = Geometry(cluster_bits, extended_l2=extended_l2).l1_entries_for(size)
+        header[36:40] = min(needed, 0xFFFF_FFFF).to_bytes(4, "big")
+
+
+def _without_l1_place(header: bytearray) -> None:
+    header[40:48] = bytes(8)
+
+
+_REMEDIES: tuple[Callable[[bytearray], None], ...] = (
+    _without_refcounts,
+    _without_bitmaps,
+    _with_l1_size,
+    _without_l1_place,
+)

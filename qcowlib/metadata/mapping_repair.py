@@ -229,7 +229,7 @@ class MappingRepair:
             if "L2 table" not in names:
                 if "guest data" not in names:
                     raise NotRepairable(f"cluster {cluster} holds the {names[0]} and the {names[1]}")
-            elif "guest data" not in names or self._is_damaged_table(cluster):
+            elif "guest data" not in names or self._is_no_table(cluster):
                 wrong.append(cluster)
         if not wrong:
             return False
@@ -243,9 +243,11 @@ class MappingRepair:
         self._replace_l1_tables(mended)
         return True
 
-    def _is_damaged_table(self, cluster: int) -> bool:
+    def _is_no_table(self, cluster: int) -> bool:
+        """Whether most of what should be entries of an L2 table cannot be: then the guest data has the place."""
         words = np.frombuffer(read_padded(self.overlay, cluster << self.geometry.cluster_bits, self.size), ENTRY_DTYPE)
-        return not np.array_equal(words, mend_l2(words, self.rules).words)
+        wrong = words != mend_l2(words, self.rules).words
+        return 2 * int(wrong.sum()) > int((words != 0).sum())
 
     # -- mending in place
 
@@ -259,9 +261,10 @@ class MappingRepair:
     def _read_l1(self, layer: _Layer) -> Entries:
         return np.frombuffer(read_padded(self.overlay, layer.offset, layer.entries * 8), dtype=ENTRY_DTYPE)
 
-    def _replace_words(self, old: Entries, new: Entries, offset: int) -> None:
+    def _replace_words(self, old: Entries, new: Entries, offset: int, *, later: bool = False) -> None:
+        write = self.overlay.stage if later else self.overlay.pwrite
         for first, stop in changed_spans(old, new):
-            self.overlay.pwrite(new[first:stop].tobytes(), offset + 8 * first)
+            write(new[first:stop].tobytes(), offset + 8 * first)
 
     def _mend_l1_tables(self) -> None:
         tables = list(self._l1_tables())
@@ -303,12 +306,14 @@ class MappingRepair:
     def _mend_l2_tables(self) -> None:
         lost: dict[int, Int64Array] = {}
         kept = 0
+        shared = [o.cluster << self.geometry.cluster_bits for o in self._census().overlaps if "guest data" in o[1:]]
         for host, words in self._l2_batches():
             mended = mend_l2(words.reshape(-1), self.rules)
             new = mended.words.reshape(words.shape)
             losses = mended.lost.reshape(len(host), -1)
             for row in np.flatnonzero((new != words).any(axis=1)).tolist():
-                self._replace_words(words[row], new[row], int(host[row]))
+                # Where guest data lies on the table, its bytes are needed until that has been copied away.
+                self._replace_words(words[row], new[row], int(host[row]), later=int(host[row]) in shared)
                 indices = np.flatnonzero(losses[row])
                 if len(indices) and kept < MAX_LOST_RANGES:
                     lost[int(host[row])] = indices

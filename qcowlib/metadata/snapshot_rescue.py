@@ -39,6 +39,7 @@ class RescuedSnapshots:
         repairs: (code, text, count) of what a repair does; none: the table is as it should be.
         rewrite: the table must be written anew, elsewhere; else it is enough to correct the number of its entries.
         lost: descriptions of the snapshots that are dropped.
+        homeless: those of them that have everything but an L1 table: (place among `entries`, the entry).
     """
 
     entries: list[SnapshotEntry] = field(default_factory=list)
@@ -46,6 +47,15 @@ class RescuedSnapshots:
     repairs: list[tuple[str, str, int]] = field(default_factory=list)
     rewrite: bool = False
     lost: list[str] = field(default_factory=list)
+    homeless: list[tuple[int, SnapshotEntry]] = field(default_factory=list)
+
+    def take_in(self, l1_table_offset: int) -> str:
+        """Keep the only homeless snapshot with this L1 table; returns what it is called."""
+        place, entry = self.homeless.pop()
+        self.entries.insert(place, replace(entry, l1_table_offset=l1_table_offset))
+        named = f"snapshot {entry.id} ({entry.name})"
+        self.lost.remove(named)
+        return named
 
     def drop(self, code: str, text: str, lost: str) -> None:
         """Note an entry that is not kept."""
@@ -114,24 +124,27 @@ class _Rescue:
         result, size = self.result, self.header.cluster_size
         named = f"snapshot {entry.id} ({entry.name})"
         l1_end = entry.l1_table_offset + 8 * entry.l1_size
+        wrong = None
         if entry.l1_table_offset % size:
-            text = f"{named} l1_offset={entry.l1_table_offset:#x}: L1 table is not cluster aligned"
-            result.drop("snapshot-l1-unaligned", f"Repairing {text}; snapshot table entry corrupted", named)
+            wrong = "snapshot-l1-unaligned", f"l1_offset={entry.l1_table_offset:#x}: L1 table is not cluster aligned"
         elif entry.l1_size > k.MAX_L1_ENTRIES:
-            text = f"{named} l1_size={entry.l1_size:#x}: L1 table is too large"
-            result.drop("snapshot-l1-too-large", f"Repairing {text}; snapshot table entry corrupted", named)
+            wrong = "snapshot-l1-too-large", f"l1_size={entry.l1_size:#x}: L1 table is too large"
         elif entry.l1_size and (not entry.l1_table_offset or l1_end - self.file_end >= size):
-            text = f"{named} l1_offset={entry.l1_table_offset:#x}: L1 table is outside image"
-            result.drop("reference-beyond-end", f"Repairing {text}; snapshot table entry corrupted", named)
-        else:
-            if self.header.version >= 3 and len(entry.extra_data) < _V3_EXTRA_DATA:
-                text = f"Repairing snapshot table entry {index} is incomplete"
-                result.repairs.append(("snapshot-entry-incomplete", text, 1))
-                size_then = self.header.virtual_size if entry.disk_size is None else entry.disk_size
-                extra = entry.extra_data.ljust(k.SNAPSHOT_EXTRA_DATA_SIZE, b"\0")
-                entry, mended = replace(entry, disk_size=size_then, extra_data=extra), True
-            result.rewrite |= mended
+            wrong = "reference-beyond-end", f"l1_offset={entry.l1_table_offset:#x}: L1 table is outside image"
+        if self.header.version >= 3 and len(entry.extra_data) < _V3_EXTRA_DATA:
+            text = f"Repairing snapshot table entry {index} is incomplete"
+            result.repairs.append(("snapshot-entry-incomplete", text, 1))
+            size_then = self.header.virtual_size if entry.disk_size is None else entry.disk_size
+            extra = entry.extra_data.ljust(k.SNAPSHOT_EXTRA_DATA_SIZE, b"\0")
+            entry, mended = replace(entry, disk_size=size_then, extra_data=extra), True
+        result.rewrite |= mended
+        if wrong is None:
             result.entries.append(entry)
+            return
+        code, what = wrong
+        result.drop(code, f"Repairing {named} {what}; snapshot table entry corrupted", named)
+        if entry.l1_size <= k.MAX_L1_ENTRIES:
+            result.homeless.append((len(result.entries), entry))
 
     # -- one entry
 
@@ -200,15 +213,18 @@ class _Rescue:
         return parse_snapshot_table(lambda offset, length: data[offset : offset + length], alone)[0]
 
     def _is_entry(self, position: int) -> bool:
-        """Whether an entry can begin here: in version 3 it has an id, and what it says of its L1 table is possible."""
+        """Whether an entry can begin here: it has an id, and that is text or its L1 table is possible."""
         if self.header.snapshots_offset + position + _FIXED > self.file_end:
             return False
         head = self._read(position, _FIXED)
-        l1_offset, l1_size = int.from_bytes(head[:8], "big"), int.from_bytes(head[8:12], "big")
-        id_size = int.from_bytes(head[12:14], "big")
         if self.header.version < 3 and not any(head):
             return True
-        return bool(id_size) and (l1_offset < 1 << 63) and l1_size <= 1 << 31
+        l1_offset, l1_size = int.from_bytes(head[:8], "big"), int.from_bytes(head[8:12], "big")
+        id_size, extra = int.from_bytes(head[12:14], "big"), int.from_bytes(head[36:40], "big")
+        l1_possible = l1_offset % self.header.cluster_size == 0 and l1_offset < self.file_end
+        if l1_possible and l1_size <= k.MAX_L1_ENTRIES:
+            return bool(id_size)
+        return extra <= k.MAX_SNAPSHOT_EXTRA_DATA and _is_text(self._read(position + _FIXED + extra, id_size))
 
     def _next_entry(self, position: int) -> int | None:
         """The next place, a multiple of 8, that looks like an entry with an L1 table inside the file and an id."""

@@ -237,6 +237,11 @@ class _Planning:
             self._find_l1_table()
         rescued = rescue_snapshots(self.base, self.header, self.file_end)
         if rescued is not None:
+            if len(rescued.homeless) == 1:
+                places = self._search(self.header).l1_tables(rescued.homeless[0][1].l1_size)
+                if len(places) == 1:
+                    named = rescued.take_in(places[0])
+                    self.found_again.append(f"{named}: the L1 table at {places[0]:#x} was found again")
             return rescued
         search = self._search(self.header)
         places = search.snapshot_tables()

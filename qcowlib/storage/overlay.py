@@ -77,7 +77,7 @@ class OverlayStorage:
 
     def stage(self, data: Buffer, offset: int) -> None:
         """Change the overlay now, but list the write only with `link`."""
-        self._staged.append((offset, self.pread(len(data), offset)))
+        self._staged.append((offset, self._without_staged(self.pread(len(data), offset), offset)))
         self._apply(bytes(data), offset)
 
     def link(self) -> None:
