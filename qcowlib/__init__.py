@@ -58,6 +58,7 @@ if TYPE_CHECKING:
         remove_all_bitmaps,
         remove_bitmap,
     )
+    from qcowlib.operations.chain_export import ExportedState, export_chain, import_chain, plan_export
     from qcowlib.operations.chain_merge import MergePlan, merge_layer, plan_merge
     from qcowlib.operations.chain_walk import ChainLink, ChainProblem, ChainReport, examine_chain
     from qcowlib.operations.check import check
@@ -95,6 +96,7 @@ __all__ = [
     "DenyReferences",
     "DirtyRanges",
     "EncryptionError",
+    "ExportedState",
     "Extent",
     "ExtentKind",
     "ExtentTable",
@@ -153,12 +155,15 @@ __all__ = [
     "disable_bitmap",
     "enable_bitmap",
     "examine_chain",
+    "export_chain",
     "image_space",
+    "import_chain",
     "make_empty",
     "map_image",
     "merge_bitmap",
     "merge_layer",
     "open_image",
+    "plan_export",
     "plan_merge",
     "probe_format",
     "rebase",
@@ -187,6 +192,7 @@ _MODULES = {
         "DirtyRanges", "add_bitmap", "bitmaps_size", "clear_bitmap", "copy_bitmaps", "dirty_extents", "disable_bitmap",
         "enable_bitmap", "merge_bitmap", "remove_all_bitmaps", "remove_bitmap",
     ),
+    "qcowlib.operations.chain_export": ("ExportedState", "export_chain", "import_chain", "plan_export"),
     "qcowlib.operations.chain_merge": ("MergePlan", "merge_layer", "plan_merge"),
     "qcowlib.operations.chain_walk": ("ChainLink", "ChainProblem", "ChainReport", "examine_chain"),
     "qcowlib.operations.check": ("check",),

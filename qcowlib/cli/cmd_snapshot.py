@@ -8,6 +8,7 @@ from qcowlib.cli.common import (
     IMAGE_OPTS,
     OBJECT,
     OUTPUT,
+    PROGRESS,
     QUIET,
     CommandFailed,
     one_filename,
@@ -24,7 +25,8 @@ from qcowlib.errors import FormatError, NoSuchSnapshot, QcowError
 
 SYNTAX = Syntax(
     "snapshot",
-    "[--object OBJECT] [--image-opts] [-f FMT] [-U] [-q] [-l [--output=OFMT] | -a SNAPSHOT | -c NAME | -d NAME] FILE",
+    "[--object OBJECT] [--image-opts] [-f FMT] [-U] [-q] "
+    "[-l [--output=OFMT] | -a SNAPSHOT | -c NAME | -d NAME | --export DIR [-n] | --import CHAIN] FILE",
     (
         FORMAT,
         Option("list", "l", "list", None, "list the snapshots, also without any of these; times are local"),
@@ -39,17 +41,23 @@ SYNTAX = Syntax(
             "NAME",
             "delete the first snapshot of this name and give its space back to the image",
         ),
+        Option("export", "", "export", "DIR", "write all states as a chain of overlays into a new directory"),
+        Option("import", "", "import", "CHAIN", "make FILE from an exported directory, or from the top of any chain"),
+        Option("dry-run", "n", "dry-run", None, "with --export: tell what would be written"),
+        PROGRESS,
         OUTPUT,
         QUIET,
         OBJECT,
         IMAGE_OPTS,
         FORCE_SHARE,
     ),
-    "The backing file is not opened. For -a an id wins over a name.\n"
+    "For -l, -a, -c and -d the backing file is not opened. For -a an id wins over a name. An export keeps the names,\n"
+    "times and saved memory of snapshots, and an import brings them back; layers of other chains become snapshots\n"
+    "that are named like their files. Both only read their source, and can be done again after an interruption.\n"
     "Exit codes: 0 done, 1 not done and nothing changed.",
 )
 
-_ACTIONS = ("list", "apply", "create", "delete")
+_ACTIONS = ("list", "apply", "create", "delete", "export", "import")
 
 
 def run(arguments: Arguments) -> int:
@@ -59,6 +67,13 @@ def run(arguments: Arguments) -> int:
         raise UsageError("Cannot mix '-l', '-a', '-c', '-d'")
     filename = one_filename(arguments)
     as_json = wants_json(arguments)
+    if any(arguments.has(name) for name in ("export", "import")):
+        from qcowlib.cli.snapshot_chain import run_chain
+
+        return run_chain(arguments, filename)
+    for name in ("dry-run", "progress"):
+        if arguments.has(name):
+            raise CommandFailed(f"--{name} is for --export and --import")
     action, snapshot = actions[0] if actions else ("list", "")
     if action == "list":
         return _list(arguments, filename, as_json)

@@ -55,8 +55,9 @@ def create_snapshot(
     *,
     date_ns: int | None = None,
     vm_clock_ns: int = 0,
-    icount: int = 0,
+    icount: int | None = 0,
     vmstate: ByteStream | None = None,
+    snapshot_id: str | None = None,
 ) -> SnapshotEntry:
     """Take an internal snapshot of the active layer.
 
@@ -69,8 +70,9 @@ def create_snapshot(
         name: the snapshot's name (QEMU: tag).
         date_ns: when it was taken, in nanoseconds since 1970; None means now.
         vm_clock_ns: the guest's clock in nanoseconds.
-        icount: instructions executed.
+        icount: instructions executed; None where nobody has counted them.
         vmstate: a file object with the vm state to keep (a QEMU migration stream); it is read to its end.
+        snapshot_id: the id, which no other snapshot has; None means the one described above.
 
     Returns: the new entry of the snapshot table.
 
@@ -82,11 +84,13 @@ def create_snapshot(
     with _session(image) as (target, transaction):
         state = target.state
         _require_possible(target)
+        if snapshot_id is not None and (not snapshot_id or any(snapshot_id == one.id for one in state.snapshots)):
+            raise SnapshotError(f"the id '{snapshot_id}' cannot be used: it is empty, or another snapshot has it")
         moment = time.time_ns() if date_ns is None else date_ns
         entry = SnapshotEntry(
             l1_table_offset=0,
             l1_size=0,
-            id=_next_id(state.snapshots),
+            id=_next_id(state.snapshots) if snapshot_id is None else snapshot_id,
             name=name,
             date_sec=moment // 10**9,
             date_nsec=moment % 10**9,

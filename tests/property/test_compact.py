@@ -13,6 +13,7 @@ from qcowlib import LocalFiles, StorageError, digest_states
 from qcowlib.operations.compact import _Compaction, compact_size
 from qcowlib.storage.buffer import BytesStorage
 from qcowlib.storage.recorder import Fault, FaultyStorage
+from tests.killing import survives
 from tests.model import PASSPHRASE, StockView
 from tests.oracle import qemu_img, qemu_io
 from tests.property.test_difference import random_program
@@ -175,3 +176,26 @@ def test_cut_off_at_every_write(tmp_path: Path, record_property: Any) -> None:
     with qcowlib.open_image(whole, policy=LocalFiles()) as copy:
         assert isinstance(copy, qcowlib.Qcow2Image)
         assert [state.digests for state in digest_states(copy)] == digests
+
+
+def test_killed_at_every_step(tmp_path: Path, record_property: Any) -> None:
+    """The target's old content stays, or it is not there; the same call makes it whole."""
+    path, options = random_image(tmp_path, 3)
+    target = tmp_path / "smaller"
+    with open_whole(path, options) as image:
+        digests = [state.digests for state in digest_states(image)]
+
+    def run() -> None:
+        with open_whole(path, options) as image:
+            qcowlib.compact_image(image, str(target))
+
+    points = 0
+    while not survives(run, points):
+        points += 1
+        if target.exists():  # killed behind the last name
+            target.unlink()
+    with open_whole(target, options) as copy:
+        assert [state.digests for state in digest_states(copy)] == digests
+    assert not (tmp_path / "smaller.qcow-incomplete").exists()
+    assert points > 5
+    record_property("counted", ("kills of a compaction", {"kill points": points, "finished": points}))
