@@ -58,8 +58,11 @@ def _with_l1_size(header: bytearray) -> None:
     cluster_bits, size = int.from_bytes(header[20:24], "big"), int.from_bytes(header[24:32], "big")
     if MIN_CLUSTER_BITS <= cluster_bits <= MAX_CLUSTER_BITS and size <= MAX_INT64:
         extended_l2 = header[7] >= 3 and bool(header[79] & Incompatible.EXTENDED_L2)
-        needed = Geometry(cluster_bits, extended_l2=extended_l2).l1_entries_for(size)
-        header[36:40] = min(needed, 0xFFFF_FFFF).to_bytes(4, "big")
+        geometry = Geometry(cluster_bits, extended_l2=extended_l2)
+        needed, said = geometry.l1_entries_for(size), int.from_bytes(header[36:40], "big")
+        # Were the disk size the wrong one, a longer table would reach into what lies behind it.
+        if geometry.clusters_for(8 * needed) <= max(1, geometry.clusters_for(8 * said)):
+            header[36:40] = needed.to_bytes(4, "big")
 
 
 def _without_l1_place(header: bytearray) -> None:
