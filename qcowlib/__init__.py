@@ -66,7 +66,13 @@ if TYPE_CHECKING:
     from qcowlib.operations.compact import compact_image
     from qcowlib.operations.compare import Comparison, NotComparable, Outcome, compare
     from qcowlib.operations.convert import convert
-    from qcowlib.operations.difference import ChangeKind, ChangeTable, changed_extents, difference
+    from qcowlib.operations.difference import (
+        ChangeKind,
+        ChangeTable,
+        changed_extents,
+        changed_since_bitmap,
+        difference,
+    )
     from qcowlib.operations.digest import StateDigest, digest_states
     from qcowlib.operations.map import MapRow, map_image
     from qcowlib.operations.measure import Measurement, measure
@@ -138,6 +144,7 @@ __all__ = [
     "attach_vmstate",
     "bitmaps_size",
     "changed_extents",
+    "changed_since_bitmap",
     "check",
     "clear_bitmap",
     "commit",
@@ -160,6 +167,7 @@ __all__ = [
     "import_chain",
     "make_empty",
     "map_image",
+    "measure",
     "merge_bitmap",
     "merge_layer",
     "open_image",
@@ -200,7 +208,9 @@ _MODULES = {
     "qcowlib.operations.commit": ("allocated_bytes", "commit", "make_empty"),
     "qcowlib.operations.compare": ("Comparison", "NotComparable", "Outcome", "compare"),
     "qcowlib.operations.convert": ("convert",),
-    "qcowlib.operations.difference": ("ChangeKind", "ChangeTable", "changed_extents", "difference"),
+    "qcowlib.operations.difference": (
+        "ChangeKind", "ChangeTable", "changed_extents", "changed_since_bitmap", "difference",
+    ),
     "qcowlib.operations.digest": ("StateDigest", "digest_states"),
     "qcowlib.operations.map": ("MapRow", "map_image"),
     "qcowlib.operations.measure": ("Measurement", "measure"),

@@ -248,6 +248,52 @@ def bench_convert(settings: Settings) -> Iterator[Line]:
         path.unlink()
 
 
+def bench_states(settings: Settings) -> Iterator[Line]:
+    """What is told of all states of an image: differences and space from metadata, digests from the content."""
+    size = settings.scaled(TIB, 64 * GIB)
+    image = make_image("preallocated", settings.work / "states.qcow2", size)
+    for name in ("one", "two"):
+        subprocess.run([qcow(), "snapshot", "-c", name, image], check=True)
+        # One cluster under each L2 table: no table is shared with the snapshot any more.
+        writes = "".join(f"write -q {offset} 64k\n" for offset in range(0, size, GIB // 2))
+        subprocess.run(
+            ["qemu-io", "-f", "qcow2", image], input=writes, text=True, check=True, stdout=subprocess.DEVNULL
+        )
+    goal = "within 1 s and 300 MiB"
+    for name, words in (
+        ("diff of two snapshots", ("diff", "--old-snapshot", "one", "--new-snapshot", "two")),
+        ("space", ("space",)),
+    ):
+        ours, other = alternate(
+            settings.rounds,
+            partial(measure, qcow(), *words, image),
+            partial(measure, "qemu-img", "check", image),
+        )
+        yield Line(f"{name}, {size // GIB} GiB metadata", ours, "qemu-img check", other, goal)
+    image.unlink()
+    yield from _bench_digest(settings)
+
+
+def _bench_digest(settings: Settings) -> Iterator[Line]:
+    image = make_image("scattered-filled", settings.work / "digest.qcow2", settings.scaled(GIB, 512 * MIB))
+    single = copy_sparse(image, settings.work / "single.qcow2")
+    for number in range(10):
+        subprocess.run([qcow(), "snapshot", "-c", f"s{number}", image], check=True)
+        writes = "".join(f"write -q -P {number} {offset} 64k\n" for offset in range(number * MIB, 512 * MIB, 100 * MIB))
+        subprocess.run(
+            ["qemu-io", "-f", "qcow2", image], input=writes, text=True, check=True, stdout=subprocess.DEVNULL
+        )
+    for algorithm in ("sha256", "xxh3-128"):
+        ours, other = alternate(
+            settings.rounds,
+            partial(measure, qcow(), "digest", "--algorithm", algorithm, image),
+            partial(measure, qcow(), "digest", "--algorithm", algorithm, single),
+        )
+        yield Line(f"digest {algorithm}, 11 states", ours, "one state", other, "at most 1.3 times one state")
+    image.unlink()
+    single.unlink()
+
+
 BENCHES: dict[str, Callable[[Settings], Iterator[Line]]] = {
     "snapshots": bench_snapshots,
     "check": bench_check,
@@ -255,6 +301,7 @@ BENCHES: dict[str, Callable[[Settings], Iterator[Line]]] = {
     "reads": bench_reads,
     "write": bench_write,
     "convert": bench_convert,
+    "states": bench_states,
 }
 
 

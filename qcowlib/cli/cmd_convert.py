@@ -68,6 +68,7 @@ SYNTAX = Syntax(
         Option("source-cache", "T", "", "CACHE", "cache mode of the source; reading is the same in all of them"),
         Option("salvage", "", "salvage", None, "take what cannot be read for zeroes, with a warning for each piece"),
         Option("bitmaps", "", "bitmaps", None, "copy the dirty bitmaps, too (qcow2)"),
+        Option("with-snapshots", "", "with-snapshots", None, "keep snapshots, clusters and all: the same as compact"),
         Option("skip-broken-bitmaps", "", "skip-broken-bitmaps", None, "leave out inconsistent bitmaps"),
         PROGRESS,
         QUIET,
@@ -102,6 +103,8 @@ class _Target(NamedTuple):
 
 def run(arguments: Arguments) -> int:
     """Convert one image."""
+    if arguments.has("with-snapshots"):
+        return _with_snapshots(arguments)
     sparse_size = _sparse_size(arguments)
     threads = _threads(arguments)
     rate = size_argument(arguments.last("rate-limit") or "0", "rate limit")
@@ -266,6 +269,19 @@ def _refuse_compression(arguments: Arguments, image_format: str, options: dict[s
         raise CommandFailed("Compression and encryption not supported at the same time")
     if options.get("preallocation", "off") != "off":
         raise CommandFailed("Compression and preallocation not supported at the same time")
+
+
+def _with_snapshots(arguments: Arguments) -> int:
+    """All states go into the new image, as they are stored."""
+    from qcowlib.cli import cmd_compact
+
+    kept = {"with-snapshots", "target-format", "format", "progress", "quiet", "object", "image-opts", "force-share"}
+    for name, _ in arguments.options:
+        if name not in kept:
+            raise CommandFailed(f"--with-snapshots keeps the image as it is: {name} cannot be given with it")
+    if arguments.last("target-format") != "qcow2":
+        raise CommandFailed("--with-snapshots needs -O qcow2: no other format has snapshots")
+    return cmd_compact.run(arguments)
 
 
 def _sparse_size(arguments: Arguments) -> int:

@@ -20,12 +20,15 @@ if TYPE_CHECKING:
 
 SYNTAX = Syntax(
     "diff",
-    "[--exact] [--old-snapshot SNAPSHOT] [--new-snapshot SNAPSHOT] [--output=human|json] [-U] OLD [NEW]",
+    "[--exact] [--old-snapshot SNAPSHOT | --bitmap NAME] [--new-snapshot SNAPSHOT] [--output=OFMT] [-U] OLD [NEW]",
     (
         Option(
             "old-snapshot", "", "old-snapshot", "SNAPSHOT", "the old state is this snapshot inside OLD (id or name)"
         ),
         Option("new-snapshot", "", "new-snapshot", "SNAPSHOT", "the new state is this snapshot inside NEW"),
+        Option(
+            "bitmap", "", "bitmap", "NAME", "what has changed since this persistent bitmap of OLD was made or cleared"
+        ),
         Option("exact", "", "exact", None, "compare the bytes of what is stored in different places"),
         Option("old-format", "f", "", "FMT", "format of OLD: qcow2 or raw (default: by its content)"),
         Option("new-format", "F", "", "FMT", "format of NEW"),
@@ -52,6 +55,8 @@ def run(arguments: Arguments) -> int:
     with ExitStack() as stack:
         names = [_name(arguments, text, which) for text, which in zip(arguments.operands, ("old", "new"), strict=False)]
         images = [stack.enter_context(_open(name, arguments)) for name in names]
+        if arguments.has("bitmap"):
+            return _since_bitmap(arguments, names, images[0], as_json=as_json)
         old = _state(images[0], arguments.last("old-snapshot"))
         new = _state(images[-1], arguments.last("new-snapshot"))
         from qcowlib.operations.difference import difference
@@ -60,9 +65,33 @@ def run(arguments: Arguments) -> int:
             for table in difference(old, new, exact=arguments.has("exact")):
                 ranges.add(table)
             if as_json:
-                _print_json(arguments, (names[0], names[-1]), (old, new), ranges)
+                _print_json(_states_shape(arguments, (names[0], names[-1]), (old, new)), ranges)
             else:
                 _print_table(ranges)
+    return 0
+
+
+def _since_bitmap(arguments: Arguments, names: list[ImageName], image: ReadableImage, *, as_json: bool) -> int:
+    if len(names) > 1 or any(arguments.has(name) for name in ("old-snapshot", "new-snapshot", "exact")):
+        raise CommandFailed("--bitmap tells about the active layer of one image, and nothing else")
+    import numpy as np
+
+    from qcowlib.operations.bitmaps import dirty_extents
+    from qcowlib.operations.difference import ChangeKind, ChangeTable
+
+    bitmap = arguments.last("bitmap") or ""
+    with _Ranges() as ranges:
+        try:
+            for batch in dirty_extents(image, bitmap):
+                kinds = np.full(len(batch.start), ChangeKind.CHANGED, dtype=np.uint8)
+                ranges.add(ChangeTable(batch.start, batch.length, kinds))
+        except QcowError as error:
+            raise CommandFailed(f"Could not read the bitmap '{bitmap}' of '{names[0].text}': {error}") from error
+        if as_json:
+            new = {"filename": names[0].shown, "snapshot": None, "virtual-size": image.size}
+            _print_json({"bitmap": bitmap, "new": new, "exact": False}, ranges)
+        else:
+            _print_table(ranges)
     return 0
 
 
@@ -142,19 +171,23 @@ def _print_table(ranges: _Ranges) -> None:
     sys.stdout.writelines(f"{start:<#20x}{length:<#20x}{word}\n" for start, length, word in ranges.rows())
 
 
-def _print_json(
-    arguments: Arguments, names: tuple[ImageName, ImageName], states: tuple[ReadableImage, ReadableImage], rows: _Ranges
-) -> None:
-    import json
-
-    head: dict[str, object] = {"version": SHAPE_VERSION}
+def _states_shape(
+    arguments: Arguments, names: tuple[ImageName, ImageName], states: tuple[ReadableImage, ReadableImage]
+) -> dict[str, object]:
+    shape: dict[str, object] = {}
     for which, name, state in zip(("old", "new"), names, states, strict=True):
         snapshot = arguments.last(f"{which}-snapshot")
-        head[which] = {"filename": name.shown, "snapshot": snapshot, "virtual-size": state.size}
-    head |= {"exact": arguments.has("exact"), "changed": rows.changed, "unknown": rows.unknown}
+        shape[which] = {"filename": name.shown, "snapshot": snapshot, "virtual-size": state.size}
+    return shape | {"exact": arguments.has("exact")}
+
+
+def _print_json(shape: dict[str, object], ranges: _Ranges) -> None:
+    import json
+
+    head = {"version": SHAPE_VERSION, **shape, "changed": ranges.changed, "unknown": ranges.unknown}
     print(json.dumps(head, indent=4).removesuffix("\n}") + ',\n    "extents": [', end="")
     separator = "\n"
-    for start, length, word in rows.rows():
+    for start, length, word in ranges.rows():
         sys.stdout.write(f'{separator}        {{ "start": {start}, "length": {length}, "state": "{word}" }}')
         separator = ",\n"
     print("\n    ]\n}")

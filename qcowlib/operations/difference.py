@@ -28,6 +28,7 @@ from qcowlib.image.qcow2 import MappedLayer, SnapshotView
 from qcowlib.image.reader import ReadableImage
 from qcowlib.metadata.mapping import ClusterMapping
 from qcowlib.metadata.reference_counts import distinct
+from qcowlib.operations.bitmaps import dirty_extents
 from qcowlib.operations.located import (
     DAMAGED,
     Located,
@@ -140,6 +141,23 @@ def changed_extents(old: ReadableImage, new: ReadableImage, *, exact: bool = Fal
         for start, end in zip(table.start.tolist(), ends.tolist(), strict=True):
             if end > start:
                 yield from new.extents(start, end - start)
+
+
+def changed_since_bitmap(image: ReadableImage, name: str) -> Iterator[ExtentTable]:
+    """The same for what a persistent bitmap says has changed since it was made or cleared.
+
+    Args:
+        image: a qcow2 image.
+        name: of the bitmap.
+
+    Raises:
+        NoSuchBitmap: there is none of this name.
+        BitmapError: it is inconsistent: changes may be missing in it.
+        CorruptMetadata: the bitmap, or the mapping of what has changed, is damaged.
+    """
+    for batch in dirty_extents(image, name):
+        for start, length in zip(batch.start.tolist(), batch.length.tolist(), strict=True):
+            yield from image.extents(start, length)
 
 
 # -- where the two are stored alike

@@ -39,6 +39,20 @@ def test_a_smaller_image(folder: Path) -> None:
     qemu_img("compare", folder / "top", folder / "small")
 
 
+def test_convert_with_snapshots(folder: Path) -> None:
+    assert ours(folder, "compact", "-q", "disk", "small").code == 0
+    assert ours(folder, "convert", "-q", "--with-snapshots", "-O", "qcow2", "disk", "other") == (0, "", "")
+    assert (folder / "other").read_bytes() == (folder / "small").read_bytes()
+    for words, message in (
+        (["-O", "raw"], "needs -O qcow2"),
+        (["-O", "qcow2", "-c"], "compressed cannot be given with it"),
+    ):
+        said = ours(folder, "convert", "--with-snapshots", *words, "disk", "x")
+        assert said.code == 1
+        assert message in said.err
+        assert not (folder / "x").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

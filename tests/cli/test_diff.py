@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+import qcowlib
 from tests.cli.side_by_side import ours
 from tests.oracle import qemu_img, qemu_io
 
@@ -53,6 +54,24 @@ def test_json_of_a_chain(folder: Path) -> None:
             {"start": 8 * CLUSTER, "length": CLUSTER, "state": "changed"},
         ],
     }
+
+
+def test_since_a_bitmap(folder: Path) -> None:
+    qemu_img("bitmap", "--add", folder / "disk", "b")
+    qemu_io(folder / "disk", f"write {4 * CLUSTER} {CLUSTER + 1}")
+    said = ours(folder, "diff", "--bitmap", "b", "disk")
+    assert said.out.splitlines()[0] == "changed: 128 KiB (131072 bytes)"
+    shape = json.loads(ours(folder, "diff", "--bitmap", "b", "--output=json", "disk").out)
+    assert shape["extents"] == [{"start": 4 * CLUSTER, "length": 2 * CLUSTER, "state": "changed"}]
+    assert shape["bitmap"] == "b"
+    missing = ours(folder, "diff", "--bitmap", "none", "disk")
+    assert missing.code == 1
+    assert "Could not read the bitmap 'none' of 'disk'" in missing.err
+    assert ours(folder, "diff", "--bitmap", "b", "--exact", "disk").code == 1
+    with qcowlib.open_image(folder / "disk") as image:
+        assert isinstance(image, qcowlib.Qcow2Image)
+        rows = [row[:3] for table in qcowlib.changed_since_bitmap(image, "b") for row in table.rows()]
+    assert rows == [(4 * CLUSTER, 2 * CLUSTER, qcowlib.ExtentKind.DATA)]
 
 
 def test_a_missing_base_leaves_what_the_metadata_tells(folder: Path) -> None:
