@@ -37,7 +37,7 @@ from qcowlib.metadata.state import Qcow2State, load_state
 from qcowlib.storage.buffer import BytesStorage
 from qcowlib.storage.local import LocalFile, from_descriptor, open_local
 from qcowlib.storage.null import NullStorage
-from qcowlib.storage.protocol import ReadStorage, Storage
+from qcowlib.storage.protocol import Buffer, ReadStorage, Storage
 
 if TYPE_CHECKING:
     from qcowlib.codecs.sector_cipher import ClusterCipher
@@ -376,6 +376,29 @@ class _MissingDataFile:
     def data_ranges(self, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
         """All is data, for all that is known."""
         yield offset, length, True
+
+    def pwrite(self, data: Buffer, offset: int) -> None:
+        """Raise."""
+        raise ChainError(f"{self._message} ({len(data)} bytes at {offset})")
+
+    def write_zeroes(self, offset: int, length: int) -> None:
+        """Raise."""
+        raise ChainError(f"{self._message} ({length} bytes at {offset})")
+
+    def discard(self, offset: int, length: int) -> None:
+        """Raise."""
+        self.write_zeroes(offset, length)
+
+    def allocate(self, offset: int, length: int) -> None:
+        """Raise."""
+        self.write_zeroes(offset, length)
+
+    def truncate(self, size: int) -> None:
+        """Raise."""
+        self.write_zeroes(size, 0)
+
+    def flush(self) -> None:
+        """Nothing was written."""
 
     def close(self) -> None:
         """Nothing to release."""

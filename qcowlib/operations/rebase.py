@@ -89,7 +89,7 @@ def rebase(
             _refuse_loop(image, new)
     if compressed and (image.header.has_data_file or image.cipher is not None):
         raise OptionError("compressed clusters are not possible with encryption or an external data file")
-    header = _new_header(image.header, backing_file, backing_fmt)
+    _new_header(image.header, backing_file, backing_fmt)  # refused before anything is copied
     copied = 0
     if not unsafe:
         if backing_file is not None:
@@ -98,8 +98,8 @@ def rebase(
         with _told("Error while writing to COW image"):
             image.flush()
     with _told(f"Could not change the backing file to '{backing_file or ''}'"), image.exclusive() as transaction:
-        changes = {name: getattr(header, name) for name in ("backing_file", "extensions", "layout")}
-        swing_header(transaction, replace(transaction.state.header, **changes))
+        # Made anew: what was copied may have moved the bitmaps that an extension points to.
+        swing_header(transaction, _new_header(transaction.state.header, backing_file, backing_fmt))
     return copied
 
 
