@@ -16,17 +16,16 @@ from snapshot.active import sync
 from snapshot.errors import DomainSnapshotError, QmpError, QmpTimeout
 from snapshot.journal import sync_directory
 from snapshot.plan import MEMORY_BANDWIDTH, MEMORY_CAPABILITIES
-from snapshot.qmp import Qmp
+from snapshot.qmp import Qmp, poll
 from snapshot.session import Session
 
 Arguments = dict[str, Any]
 
 _DEADLINE = 24 * 3600.0
+_LEAVE_DEADLINE = 60.0
 _SETTLED = (None, "none", "completed", "failed", "cancelled")
 #: Passes over the memory after which a guest that changes it faster than it is written is stopped.
 _PASSES = 30
-#: Seconds within which QEMU's migration thread leaves "pre-switchover" after migrate-continue.
-_CONTINUE_TAKES_EFFECT = 0.2
 _CAPABILITIES = ("pause-before-switchover", "background-snapshot", "events")
 _MAGIC = b"QEVM\0\0\0\3"
 
@@ -88,22 +87,29 @@ def write_memory(session: Session, arguments: Arguments) -> None:
 
 def end_memory(session: Session, arguments: Arguments) -> None:
     """Live: write the rest, with the guest standing."""
+    session.continued = True
     session.qmp.execute("migrate-continue", {"state": "pre-switchover"})
     _wait(session, "completed")
     _restore(session.qmp, arguments)
 
 
 def settle_memory(session: Session, arguments: Arguments) -> None:  # noqa: ARG001 - one signature for all actions
-    """Undo of `end_memory`: wait while the rest is being written, since QEMU gives the images away meanwhile.
+    """Undo of `end_memory`: let the rest be written, unless it is known that this was never begun.
 
-    QEMU must not be told to cancel in that state: 7.2 would resume the guest without its images. Whether a command
-    whose answer was lost is being carried out shows only when the state "pre-switchover" is left.
+    Between the command and its effect QEMU still says "pre-switchover", and once it gives the images away it must not
+    be told to cancel: 7.2 would resume the guest without them. Telling it again to go on leaves nothing to guess.
     """
-    if not session.alive():
+    if not session.alive() or not session.continued:
         return
-    end = time.monotonic() + _CONTINUE_TAKES_EFFECT
-    while (status := _status(session.qmp)) == "device" or (status == "pre-switchover" and time.monotonic() < end):
-        time.sleep(0.002)
+
+    def written() -> bool | None:
+        status = _status(session.qmp)
+        if status == "pre-switchover":
+            with contextlib.suppress(QmpError):
+                session.qmp.execute("migrate-continue", {"state": "pre-switchover"})
+        return None if status in ("pre-switchover", "device") else True
+
+    poll(written, deadline=_DEADLINE, what="writing the rest of the memory", pause=0.002)
 
 
 def keep_memory(session: Session, arguments: Arguments) -> None:  # noqa: ARG001 - one signature for all actions
@@ -126,6 +132,7 @@ def cancel_memory(session: Session, arguments: Arguments) -> None:
                 qmp.execute("migrate_cancel")
         with contextlib.suppress(QmpError):
             _wait(session, None)
+    _leave(qmp)
     with contextlib.suppress(QmpError):
         qmp.execute("closefd", {"fdname": "domsnap-memory"})
     _restore(qmp, arguments)
@@ -140,6 +147,8 @@ def _wait(session: Session, wanted: str | None, *, converge: bool = False) -> No
         answer = session.qmp.execute("query-migrate")
         status = answer.get("status")
         if status == wanted or (wanted is None and status in _SETTLED):
+            if status in _SETTLED:
+                _leave(session.qmp)
             return
         if wanted is not None and status in ("failed", "cancelled"):
             raise QmpError("migrate", answer.get("error-desc") or f"writing the memory {status}")
@@ -153,6 +162,18 @@ def _wait(session: Session, wanted: str | None, *, converge: bool = False) -> No
             raise QmpTimeout(f"writing the memory did not end within {_DEADLINE:g} s")
         time.sleep(pause)
         pause = min(pause * 1.2, 0.02)  # of the guest's, too, while it stands
+
+
+def _leave(qmp: Qmp) -> None:
+    """Wait for the end of the run state "finish-migrate", in which QEMU refuses to resume the guest.
+
+    A migration says that it has completed or failed a moment before it lets the guest go, or run again.
+    """
+
+    def left() -> bool | None:
+        return None if qmp.execute("query-status")["status"] == "finish-migrate" else True
+
+    poll(left, deadline=_LEAVE_DEADLINE, what="the migration, which has ended,", pause=0.002)
 
 
 def _restore(qmp: Qmp, arguments: Arguments) -> None:

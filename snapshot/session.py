@@ -123,6 +123,7 @@ class Session:
         self.interrupt = Interrupt()
         self.draft: DomainSnapshot | None = None
         self.instant = 0  # when the disks were switched, nanoseconds since 1970
+        self.continued = facts is None  # a live migration was told to go on; when recovering, it may have been
         self.held = contextlib.ExitStack()
         self.images: dict[str, qcowlib.BlockImage] = {}
         self.foreign: set[str] = set()  # files that stood where ours were to be made: never removed
