@@ -21,7 +21,7 @@ def test_the_lines_about_virtual_machines_run(tmp_path: Path) -> None:
     block = section.split("\n\n")[0]
     lines = [line.removeprefix("    ") for line in block.split("\n")]
     assert 8 <= len(lines) <= 12
-    script = "\n".join(["set -e", "trap 'kill %1; wait' EXIT", *lines])
+    script = "\n".join(["set -e", "trap 'kill $(cat vm.pid)' EXIT", *lines])
     tool("qemu-system-x86_64")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     done = subprocess.run(
