@@ -227,7 +227,7 @@ def bench_write(settings: Settings) -> Iterator[Line]:
 
 
 def bench_convert(settings: Settings) -> Iterator[Line]:
-    """Whole conversions; the target is made anew each time."""
+    """Whole conversions; the target is made anew each time, and is on disk at the end or (unsafe) need not be."""
     image = make_image("scattered-filled", settings.work / "source.qcow2", settings.scaled(GIB, 512 * MIB))
     raw, target = settings.work / "source.raw", settings.work / "target"
     subprocess.run(["qemu-img", "convert", "-O", "raw", image, raw], check=True)
@@ -236,11 +236,11 @@ def bench_convert(settings: Settings) -> Iterator[Line]:
         target.unlink(missing_ok=True)
         return measure(program, "convert", *options, target)
 
-    cases: dict[str, tuple[str | Path, ...]] = {
-        "convert qcow2 to raw": ("-f", "qcow2", "-O", "raw", image),
-        "convert raw to qcow2": ("-f", "raw", "-O", "qcow2", raw),
-        "convert qcow2 to compressed": ("-c", "-f", "qcow2", "-O", "qcow2", image),
-    }
+    cases: dict[str, tuple[str | Path, ...]] = {}
+    for mode in ("unsafe", "writeback"):
+        cases[f"convert qcow2 to raw, -t {mode}"] = ("-t", mode, "-f", "qcow2", "-O", "raw", image)
+        cases[f"convert raw to qcow2, -t {mode}"] = ("-t", mode, "-f", "raw", "-O", "qcow2", raw)
+    cases["convert qcow2 to compressed"] = ("-c", "-f", "qcow2", "-O", "qcow2", image)
     for name, options in cases.items():
         ours, other = alternate(settings.rounds, partial(run, qcow(), *options), partial(run, "qemu-img", *options))
         yield Line(name, ours, "qemu-img", other)

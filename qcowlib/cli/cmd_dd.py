@@ -10,12 +10,13 @@ from qcowlib.cli.common import (
     CommandFailed,
     report,
     size_argument,
+    stock_errno,
     stock_text,
 )
 from qcowlib.cli.creation_options import require_creatable
 from qcowlib.cli.opening import ImageName, image_name, open_image_name
 from qcowlib.cli.options import Arguments, Option, Syntax
-from qcowlib.errors import QcowError
+from qcowlib.errors import FormatError, QcowError, StorageError
 from qcowlib.image.drivers import KNOWN_FORMATS
 
 SYNTAX = Syntax(
@@ -32,8 +33,8 @@ SYNTAX = Syntax(
     "  count=BLOCKS  end behind so many blocks of the input, skipped ones included\n"
     "  skip=BLOCKS   leave out blocks at the beginning of the input\n"
     "  if=INPUT      the image to read\n"
-    "  of=OUTPUT     the image to make; it is replaced\n"
-    "Exit codes: 0 done, 1 failed.",
+    "  of=OUTPUT     the image to make; it is replaced; zeroes leave holes in it\n"
+    "Until it is done the output is called OUTPUT.qcow-incomplete. Exit codes: 0 done, 1 failed.",
 )
 
 _OPERANDS = ("bs", "count", "if", "of", "skip")
@@ -68,10 +69,21 @@ def run(arguments: Arguments) -> int:
         except CommandFailed:
             raise
         except QcowError as error:
-            raise CommandFailed(f"{output}: error while creating output image: {stock_text(error)}") from error
+            raise _told(error, output) from error
     if part.beyond_end:
         report(f"{operands['if']}: cannot skip to specified offset")
     return 0
+
+
+def _told(error: QcowError, output: str) -> CommandFailed:
+    """The error in qemu-img's words, which do not say where in the images it was."""
+    reason = stock_errno(error) or stock_text(error)
+    if error.stock.startswith("error while writing at byte "):
+        return CommandFailed(f"error while writing to output image file: {reason}")
+    foreign = isinstance(error, StorageError) and error.name != output
+    if error.stock.startswith("error while reading at byte ") or isinstance(error, FormatError) or foreign:
+        return CommandFailed(f"error while reading from input image file: {reason}")
+    return CommandFailed(f"{output}: error while creating output image: {stock_text(error)}")
 
 
 def _operands(words: list[str]) -> dict[str, str]:

@@ -165,6 +165,13 @@ class RawImage(ReadableImage):
         """Never needed: a raw image has no compressed rows."""
         raise OutOfRange(f"no compressed data at {guest} ({host}, {host_length}, {len(view)})")
 
+    def readinto(self, offset: int, buffer: bytearray | memoryview) -> int:
+        """Fill the whole buffer from `offset`; returns its length."""
+        view = memoryview(buffer).cast("B")
+        self._require_inside(offset, len(view))
+        self.read_data(offset, offset, view)
+        return len(view)
+
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes at `offset`."""
         self._require_inside(offset, length)
