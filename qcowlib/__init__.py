@@ -58,7 +58,7 @@ if TYPE_CHECKING:
         remove_all_bitmaps,
         remove_bitmap,
     )
-    from qcowlib.operations.chain_export import ExportedState, export_chain, import_chain, plan_export
+    from qcowlib.operations.chain_export import ExportedState, export_chain, import_chain, plan_export, plan_import
     from qcowlib.operations.chain_merge import MergePlan, merge_layer, plan_merge
     from qcowlib.operations.chain_walk import ChainLink, ChainProblem, ChainReport, examine_chain
     from qcowlib.operations.check import check
@@ -172,6 +172,7 @@ __all__ = [
     "merge_layer",
     "open_image",
     "plan_export",
+    "plan_import",
     "plan_merge",
     "probe_format",
     "rebase",
@@ -200,7 +201,7 @@ _MODULES = {
         "DirtyRanges", "add_bitmap", "bitmaps_size", "clear_bitmap", "copy_bitmaps", "dirty_extents", "disable_bitmap",
         "enable_bitmap", "merge_bitmap", "remove_all_bitmaps", "remove_bitmap",
     ),
-    "qcowlib.operations.chain_export": ("ExportedState", "export_chain", "import_chain", "plan_export"),
+    "qcowlib.operations.chain_export": ("ExportedState", "export_chain", "import_chain", "plan_export", "plan_import"),
     "qcowlib.operations.chain_merge": ("MergePlan", "merge_layer", "plan_merge"),
     "qcowlib.operations.chain_walk": ("ChainLink", "ChainProblem", "ChainReport", "examine_chain"),
     "qcowlib.operations.check": ("check",),

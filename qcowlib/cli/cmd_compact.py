@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qcowlib.cli.common import FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, PROGRESS, QUIET, CommandFailed
+from qcowlib.cli.common import FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, PROGRESS, QUIET, CommandFailed, warn_of_sharing
 from qcowlib.cli.opening import image_name, open_image_name
 from qcowlib.cli.options import Arguments, Option, Syntax, UsageError
 from qcowlib.cli.progress import Progress
@@ -33,7 +33,7 @@ def run(arguments: Arguments) -> int:
         raise UsageError("Expecting an image file name and the name of the new file")
     filename, target = arguments.operands
     name = image_name(arguments, filename)
-    with open_image_name(name, force_share=arguments.has("force-share"), open_backing=False, with_key=True) as image:
+    with open_image_name(name, force_share=warn_of_sharing(arguments), open_backing=False, with_key=True) as image:
         from qcowlib.image.create_target import same_file
         from qcowlib.image.qcow2 import Qcow2Image
         from qcowlib.operations.compact import compact_image, compact_size

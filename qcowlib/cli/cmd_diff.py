@@ -8,7 +8,16 @@ from contextlib import ExitStack
 from tempfile import SpooledTemporaryFile
 from typing import TYPE_CHECKING
 
-from qcowlib.cli.common import FORCE_SHARE, IMAGE_OPTS, OBJECT, OUTPUT, CommandFailed, report, wants_json
+from qcowlib.cli.common import (
+    FORCE_SHARE,
+    IMAGE_OPTS,
+    OBJECT,
+    OUTPUT,
+    CommandFailed,
+    report,
+    wants_json,
+    warn_of_sharing,
+)
 from qcowlib.cli.opening import ImageName, image_name, open_image_name
 from qcowlib.cli.options import Arguments, Option, Syntax, UsageError
 from qcowlib.errors import ChainError, QcowError
@@ -52,9 +61,10 @@ def run(arguments: Arguments) -> int:
     if not 1 <= len(arguments.operands) <= 2:
         raise UsageError("Expecting one or two image file names")
     as_json = wants_json(arguments)
+    share = warn_of_sharing(arguments)
     with ExitStack() as stack:
         names = [_name(arguments, text, which) for text, which in zip(arguments.operands, ("old", "new"), strict=False)]
-        images = [stack.enter_context(_open(name, arguments)) for name in names]
+        images = [stack.enter_context(_open(name, share=share)) for name in names]
         if arguments.has("bitmap"):
             return _since_bitmap(arguments, names, images[0], as_json=as_json)
         old = _state(images[0], arguments.last("old-snapshot"))
@@ -103,9 +113,8 @@ def _name(arguments: Arguments, text: str, which: str) -> ImageName:
     return image_name(Arguments(options, [text]), text)
 
 
-def _open(name: ImageName, arguments: Arguments) -> ReadableImage:
+def _open(name: ImageName, *, share: bool) -> ReadableImage:
     """Open with the chain below; where that is not whole, without it: the metadata still tells much."""
-    share = arguments.has("force-share")
     try:
         return open_image_name(name, force_share=share, open_backing=True)
     except CommandFailed as error:

@@ -16,6 +16,7 @@ from qcowlib.cli.common import (
     one_filename,
     report,
     wants_json,
+    warn_of_sharing,
 )
 from qcowlib.cli.opening import ImageName, image_name, open_image_name
 from qcowlib.cli.options import Arguments, Option, Syntax
@@ -52,7 +53,7 @@ def run(arguments: Arguments) -> int:
         wanted = _manifest(arguments.last("verify"))
         algorithms = arguments.all("algorithm") or _algorithms(wanted)
         name = image_name(arguments, filename)
-        states = _digest(name, algorithms, share=arguments.has("force-share"))
+        states = _digest(name, algorithms, share=warn_of_sharing(arguments))
     except CommandFailed as error:
         error.code = 2
         raise

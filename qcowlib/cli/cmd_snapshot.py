@@ -26,7 +26,7 @@ from qcowlib.errors import FormatError, NoSuchSnapshot, QcowError
 SYNTAX = Syntax(
     "snapshot",
     "[--object OBJECT] [--image-opts] [-f FMT] [-U] [-q] "
-    "[-l [--output=OFMT] | -a SNAPSHOT | -c NAME | -d NAME | --export DIR [-n] | --import CHAIN] FILE",
+    "[-l [--output=OFMT] | -a SNAPSHOT | -c NAME | -d NAME | [-n] --export DIR | [-n] --import CHAIN] FILE",
     (
         FORMAT,
         Option("list", "l", "list", None, "list the snapshots, also without any of these; times are local"),
@@ -43,7 +43,7 @@ SYNTAX = Syntax(
         ),
         Option("export", "", "export", "DIR", "write all states as a chain of overlays into a new directory"),
         Option("import", "", "import", "CHAIN", "make FILE from an exported directory, or from the top of any chain"),
-        Option("dry-run", "n", "dry-run", None, "with --export: tell what would be written"),
+        Option("dry-run", "n", "dry-run", None, "with --export and --import: tell what would be written"),
         PROGRESS,
         OUTPUT,
         QUIET,

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from qcowlib.cli.common import FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, OUTPUT, CommandFailed, one_filename, wants_json
+from qcowlib.cli.common import (
+    FORCE_SHARE,
+    FORMAT,
+    IMAGE_OPTS,
+    OBJECT,
+    OUTPUT,
+    CommandFailed,
+    one_filename,
+    wants_json,
+    warn_of_sharing,
+)
 from qcowlib.cli.opening import image_name, open_image_name
 from qcowlib.cli.options import Arguments, Syntax
 from qcowlib.errors import QcowError
@@ -31,7 +41,7 @@ def run(arguments: Arguments) -> int:
     filename = one_filename(arguments)
     as_json = wants_json(arguments)
     name = image_name(arguments, filename)
-    with open_image_name(name, force_share=arguments.has("force-share"), open_backing=False) as image:
+    with open_image_name(name, force_share=warn_of_sharing(arguments), open_backing=False) as image:
         from qcowlib.image.qcow2 import Qcow2Image
         from qcowlib.operations.space import image_space
 

@@ -68,6 +68,14 @@ def stock_errno(error: QcowError) -> str | None:
     return None if error.errno is None else os.strerror(error.errno)
 
 
+def warn_of_sharing(arguments: Arguments) -> bool:
+    """Whether -U was given; says then what that means, for verbs whose answer somebody will rely on later."""
+    shared = arguments.has("force-share")
+    if shared:
+        report("warning: with --force-share the answer is wrong if somebody writes the image meanwhile")
+    return shared
+
+
 def report_error(error: QcowError) -> int:
     """Print an error that ends a command; returns the exit code for it."""
     cause = error.__cause__ or error

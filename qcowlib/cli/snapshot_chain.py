@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qcowlib.cli.common import CommandFailed
+from qcowlib.cli.common import CommandFailed, warn_of_sharing
 from qcowlib.cli.opening import image_name, open_image_name
 from qcowlib.cli.options import Arguments
 from qcowlib.cli.progress import Progress
@@ -13,9 +13,9 @@ from qcowlib.units import format_size
 def run_chain(arguments: Arguments, filename: str) -> int:
     """Export or import one image."""
     for name, _ in arguments.options:
-        allowed = {"export", "import", "progress", "quiet"}
+        allowed = {"export", "import", "progress", "quiet", "dry-run"}
         if arguments.has("export"):
-            allowed |= {"dry-run", "format", "object", "image-opts", "force-share"}
+            allowed |= {"format", "object", "image-opts", "force-share"}
         if name not in allowed:
             raise CommandFailed(f"--{name} cannot be used with --{'export' if arguments.has('export') else 'import'}")
     progress = Progress(enabled=arguments.has("progress") and not arguments.has("quiet"))
@@ -40,7 +40,7 @@ def run_chain(arguments: Arguments, filename: str) -> int:
 def _export(arguments: Arguments, filename: str, progress: Progress) -> None:
     directory = arguments.last("export") or ""
     name = image_name(arguments, filename)
-    with open_image_name(name, force_share=arguments.has("force-share"), open_backing=True) as image:
+    with open_image_name(name, force_share=warn_of_sharing(arguments), open_backing=True) as image:
         from qcowlib.image.qcow2 import Qcow2Image
         from qcowlib.operations.chain_export import export_chain, plan_export
 
@@ -56,6 +56,12 @@ def _export(arguments: Arguments, filename: str, progress: Progress) -> None:
 
 
 def _import(arguments: Arguments, filename: str, progress: Progress) -> None:
-    from qcowlib.operations.chain_export import import_chain
+    from qcowlib.operations.chain_export import import_chain, plan_import
 
-    import_chain(arguments.last("import") or "", filename, progress=progress)
+    chain = arguments.last("import") or ""
+    if not arguments.has("dry-run"):
+        import_chain(chain, filename, progress=progress)
+    elif not arguments.has("quiet"):
+        for layer, name, data in plan_import(chain):
+            what = "active layer" if name is None else f"snapshot {name}"
+            print(f"{layer}: {what}, {format_size(data)} ({data} bytes) of data")

@@ -149,18 +149,39 @@ def import_chain(top: str, path: str, *, progress: Progress | None = None) -> No
         OptionError: a layer is encrypted, or has internal snapshots itself.
         CorruptMetadata, StorageError: a layer cannot be read, or the host file failed. The new image is not there.
     """
-    directory = top if os.path.isdir(top) else None
-    manifest = _read_manifest(directory) if directory is not None else None
-    if directory is not None:
-        top = os.path.join(directory, _ACTIVE)
+    top, directory, manifest = _source(top)
     unfinished = UnfinishedFile(path)
     try:
         with open_image(top, policy=LocalFiles()) as image:
-            _fold(image, manifest, directory or "", unfinished.name, progress)
+            _fold(image, manifest, directory, unfinished.name, progress)
     except BaseException as error:
         unfinished.give_up(error)
         raise
     unfinished.finish(durable=True)
+
+
+def plan_import(top: str) -> list[tuple[str, str | None, int]]:
+    """What an import would take from a chain, the lowest layer first: (file, name of the snapshot, bytes of data).
+
+    The name of the top is None. Arguments and errors are those of `import_chain`.
+    """
+    top, _, manifest = _source(top)
+    with open_image(top, policy=LocalFiles()) as image:
+        layers = _layers(image, manifest)
+        names = [*(str(described["name"]) for described in _names(layers, manifest)[: len(layers) - 1]), None]
+        on_backing = manifest is not None and manifest["backing"]
+        sizes = [
+            sum(_stored(table) for table in _layer_rows(before, layer, on_backing))
+            for before, layer in zip([None, *layers[:-1]], layers, strict=True)
+        ]
+        return list(zip([layer.name for layer in layers], names, sizes, strict=True))
+
+
+def _source(top: str) -> tuple[str, str, dict[str, Any] | None]:
+    """The top of the chain, and the directory and manifest if it is an exported one."""
+    if not os.path.isdir(top):
+        return top, "", None
+    return os.path.join(top, _ACTIVE), top, _read_manifest(top)
 
 
 def _fold(

@@ -114,3 +114,19 @@ def test_refused(folder: Path, words: list[str], message: str) -> None:
     assert said.code == 1
     assert message in said.err
     assert said.out == ""
+
+
+@pytest.mark.parametrize(
+    "words", [["diff"], ["space"], ["digest"], ["compact", "-n"], ["snapshot", "--export", "x", "-n"]]
+)
+def test_in_use(folder: Path, words: list[str]) -> None:
+    """Refused; with -U there is an answer, and a warning."""
+    operands = ["disk", "target"] if words[0] == "compact" else ["disk"]
+    with qcowlib.open_image(folder / "disk", writable=True):
+        refused = ours(folder, *words, *operands)
+        assert refused.code in (1, 2)
+        assert "lock" in refused.err
+        told = ours(folder, *words, "-U", *operands)
+    assert told.code == 0
+    assert "warning: with --force-share the answer is wrong if somebody writes" in told.err
+    assert told.out

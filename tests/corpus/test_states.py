@@ -131,6 +131,35 @@ def test_compact(image: dict[str, Any] | None, corpus: Path, tmp_path: Path) -> 
         assert qcowlib.check(copy).findings == []
 
 
+def has_snapshots(image: dict[str, Any]) -> bool:
+    return is_intact(image) and bool(image["answers"].get("snapshots"))
+
+
+@pytest.mark.parametrize("image", cases([image for image in ALL if has_snapshots(image)]))
+def test_export_and_import(image: dict[str, Any] | None, corpus: Path, tmp_path: Path) -> None:
+    assert image is not None
+    with contextlib.chdir(corpus), open_one(image, image["file"]) as opened:
+        assert isinstance(opened, Qcow2Image)
+        if opened.header.crypt_method or opened.size > LARGEST or len(opened.snapshots) > 50:
+            return
+        wanted = [(state.size, state.digests) for state in qcowlib.digest_states(opened)]
+        memory = [view.read(0, view.size) for view in vmstates(opened)]
+        states = qcowlib.export_chain(opened, str(tmp_path / "chain"))
+        for state, (size, digests) in zip(states, [*wanted[1:], wanted[0]], strict=True):
+            with qcowlib.open_image(tmp_path / "chain" / state.file, policy=LocalFiles()) as layer:
+                assert [(one.size, one.digests) for one in qcowlib.digest_states(layer)] == [(size, digests)]
+    qcowlib.import_chain(str(tmp_path / "chain"), str(tmp_path / "folded"))
+    with qcowlib.open_image(tmp_path / "folded", policy=LocalFiles()) as folded:
+        assert isinstance(folded, Qcow2Image)
+        assert [(state.size, state.digests) for state in qcowlib.digest_states(folded)] == wanted
+        assert [view.read(0, view.size) for view in vmstates(folded)] == memory
+        assert qcowlib.check(folded).findings == []
+
+
+def vmstates(image: Qcow2Image) -> list[ReadableImage]:
+    return [image.open_snapshot(entry).vmstate for entry in image.snapshots]
+
+
 def write_compact(image: Qcow2Image, target: Path) -> None:
     with open_local(str(target), writable=True, create=True) as storage:
         _Compaction(image, None).write(storage)

@@ -166,6 +166,13 @@ def test_the_command_line(tmp_path: Path) -> None:
     said = ours(tmp_path, "snapshot", "--export", "chain", "image")
     assert (said.code, said.err, said.out) == (0, "", told.out)
     assert said.out.splitlines()[0].startswith("000-with_memory.qcow2: snapshot 5 (with/memory), 1 MiB (1048576 bytes)")
+    planned = ours(tmp_path, "snapshot", "--import", "chain", "-n", "back")
+    assert [line.split(": ")[1].split(",")[0] for line in planned.out.splitlines()] == [
+        "snapshot with/memory",
+        "snapshot two",
+        "active layer",
+    ]
+    assert not (tmp_path / "back").exists()
     assert ours(tmp_path, "snapshot", "--import", "chain", "-q", "back") == (0, "", "")
     assert digests(tmp_path / "back") == digests(path)
 
