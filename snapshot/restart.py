@@ -102,7 +102,7 @@ def take_over(session: Session, arguments: Arguments) -> None:
             old, new = new, None
         if old is not None:
             # Even when the new one has ended since: the old one's memory fits the disks no more.
-            with contextlib.suppress(QemuLost):
+            with contextlib.suppress(QemuLost, QmpTimeout):
                 old.execute("quit")
             old.close()
         end = time.monotonic() + _START_DEADLINE

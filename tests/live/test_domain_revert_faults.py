@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,11 +41,9 @@ WAYS = {
 }
 
 
-def ways(*usual: str) -> Any:
-    """All ways of going back; those that are not named run with the slow tests."""
-    return pytest.mark.parametrize(
-        "way", [way if way in usual else pytest.param(way, marks=pytest.mark.slow) for way in WAYS]
-    )
+def ways(*usual: str, slow: Sequence[str]) -> Any:
+    """Ways of going back; the others of them run with the slow tests."""
+    return pytest.mark.parametrize("way", [*usual, *(pytest.param(way, marks=pytest.mark.slow) for way in slow)])
 
 
 def options(number: int, keep: bool) -> RevertOptions:
@@ -107,9 +105,18 @@ def recovered(guest: Rig, domain: ActiveDomain, catalog: Catalog) -> ActiveDomai
     return guest.connect()
 
 
-@ways("load", "swap", "anew", "memory in a base")
-@pytest.mark.parametrize("keep", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["discard", "keep"])
+@pytest.mark.parametrize(
+    ("way", "keep"),
+    [
+        ("load", False),
+        ("anew", False),
+        ("memory in a base", False),
+        *(pytest.param(way, False, marks=pytest.mark.slow) for way in ("swap", "restart", "inside", "copy")),
+        *(pytest.param(way, True, marks=pytest.mark.slow) for way in ("load", "swap", "inside")),
+    ],
+)
 def test_an_error_at_each_step_of_a_revert(rig: MakeRig, tmp_path: Path, faults: Faults, way: str, keep: bool) -> None:
+    """`keep`: the present state, in a safety snapshot that goes with a revert that fails."""
     guest, domain, catalog, total = prepared(rig, tmp_path, way, keep=keep)
     injected = clean = 0
     for number in range(total):
@@ -160,7 +167,7 @@ def in_front_of(execute: Callable[..., Any], failing: Faulty) -> Callable[..., A
     return through
 
 
-@ways("anew")
+@ways("anew", slow=["swap", "memory in a base"])
 @pytest.mark.parametrize("late", [False, True])
 def test_each_command_of_a_revert_refused_or_unanswered(
     rig: MakeRig, tmp_path: Path, faults: Faults, way: str, late: bool, monkeypatch: pytest.MonkeyPatch
@@ -193,12 +200,11 @@ def test_each_command_of_a_revert_refused_or_unanswered(
         assert_fits(guest, domain)
         clean += 1
     faults(injected, clean)
-    assert injected > 5
+    assert injected > 3
     finish(guest, domain)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("way", WAYS)
+@ways(slow=["load", "swap", "restart", "anew", "memory in a base"])
 def test_the_death_of_domsnap_at_each_step_of_a_revert(rig: MakeRig, tmp_path: Path, faults: Faults, way: str) -> None:
     guest, domain, catalog, total = prepared(rig, tmp_path, way)
     domain.close()
@@ -238,7 +244,7 @@ def test_the_death_of_domsnap_at_each_step_of_a_revert(rig: MakeRig, tmp_path: P
     finish(guest, guest.connect())
 
 
-@ways("anew")
+@ways("anew", slow=["load", "swap", "memory in a base"])
 def test_the_death_of_qemu_at_each_step_of_a_revert(rig: MakeRig, tmp_path: Path, faults: Faults, way: str) -> None:
     guest, domain, catalog, total = prepared(rig, tmp_path, way)
     journal = executor.Journal(catalog.directory)
