@@ -110,19 +110,21 @@ def _grow(
     _drop_behind(image, transaction, old)
     if size == old:
         return
+    # What a raw data file has behind the disk becomes a part of it, as in QEMU; of another one, nothing does.
+    data_end = max(old, transaction.data_storage.size()) if state.header.has_raw_data_file else old
     if entries > len(state.l1):
         l1 = np.zeros(entries, dtype=ENTRY_DTYPE)
         l1[: len(state.l1)] = state.l1
         transaction.replace_l1(l1)
         transaction.commit()
     try:
-        _prepare(image, transaction, size, preallocation, hides=hides, progress=progress)
+        _prepare(image, transaction, size, preallocation, hides=hides, data_end=data_end, progress=progress)
         transaction.commit()
         transaction.flush()  # the new part reads as it shall before it is a part of the disk
         transaction.change_header(size=size)
         transaction.commit()
     except QcowError:
-        _take_back(image, transaction, old)
+        _take_back(image, transaction, old, data_end)
         raise
     finally:
         image.growing_to = 0
@@ -135,6 +137,7 @@ def _prepare(
     preallocation: str,
     *,
     hides: bool,
+    data_end: int,
     progress: Callable[[int, int], None] | None,
 ) -> None:
     """Make what is behind the old end read as zeroes; with a data file it grows at once."""
@@ -142,8 +145,9 @@ def _prepare(
     geometry, data_storage = state.geometry, transaction.data_storage
     image.growing_to = size
     if state.header.has_data_file:
-        data_storage.truncate(old)  # nothing that lay behind the disk becomes a part of it
-        lengthen(data_storage, old, size, preallocation)
+        data_storage.truncate(data_end)
+        if data_end < size:
+            lengthen(data_storage, data_end, size, preallocation)
     boundary, whole = geometry.cluster_end(old), geometry.cluster_end(size)
     begin, head = boundary, b""
     if preallocation in ("falloc", "full") and not state.header.has_data_file:
@@ -155,7 +159,7 @@ def _prepare(
         image.writer.write(old, memoryview(bytes(min(start, size) - old)))
         if stop > start:
             image.writer.zero_units(start, stop)
-    elif boundary > old and (preallocation != "off" or _has_bytes(image, old, boundary)):
+    elif boundary > old and data_end == old and (preallocation != "off" or _has_bytes(image, old, boundary)):
         image.writer.write(old, memoryview(bytes(min(boundary, size) - old)))
     if preallocation != "off" and whole > begin:
         preallocate(transaction, image.writer, begin, whole, preallocation, zero=hides, head=head, progress=progress)
@@ -176,13 +180,13 @@ def _has_bytes(image: WritableQcow2Image, start: int, stop: int) -> bool:
     return False
 
 
-def _take_back(image: WritableQcow2Image, transaction: MetadataTransaction, old: int) -> None:
+def _take_back(image: WritableQcow2Image, transaction: MetadataTransaction, old: int, data_end: int) -> None:
     """After a failure: the new part is dropped again, as far as the host lets us; else the next resize does it."""
     if transaction.failed or image.size != old:
         return
     try:
         if transaction.state.header.has_data_file:
-            transaction.data_storage.truncate(old)
+            transaction.data_storage.truncate(data_end)
         transaction.commit()
         _drop_behind(image, transaction, old)
     except QcowError:
