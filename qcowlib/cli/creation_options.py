@@ -7,7 +7,7 @@ texts -> parse_creation_options -> {name: text} -> formatting_line (what create 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 from qcowlib.cli.common import CommandFailed
@@ -116,12 +116,39 @@ def print_option_help(image_format: str, filename: str | None) -> None:
     if filename is not None:
         options += FILE_OPTIONS[image_format]
     print("Supported options:" if filename is not None else f"Supported {image_format} options:")
-    for line in sorted(f"  {f'{option.name}=<{_TYPE_WORDS[option.type]}>':<22} - {option.help}" for option in options):
-        print(line)
+    print_options(options)
     if filename is None:
         print(
             "\nThe protocol level may support further options.\nSpecify the target filename to include those options."
         )
+
+
+def print_options(options: Iterable[CreationOption]) -> None:
+    """The lines of -o help, sorted."""
+    for line in sorted(f"  {f'{option.name}=<{_TYPE_WORDS[option.type]}>':<22} - {option.help}" for option in options):
+        print(line)
+
+
+def parse_option_list(known: Iterable[CreationOption], text: str) -> dict[str, str]:
+    """Values by option name; sizes and numbers are normalised to decimal.
+
+    Raises:
+        OptionError: an unknown option or a value of the wrong type.
+    """
+    options = {option.name: option for option in known}
+    values: dict[str, str] = {}
+    for element in parse_key_values(text):
+        if element.name == "id":
+            continue  # QEMU takes the name of an option list out of it
+        if element.name not in options:
+            raise OptionError(f"Invalid parameter '{element.name}'")
+        values[element.name] = _checked(options[element.name], element.value)
+    return values
+
+
+def is_on(value: str) -> bool:
+    """Whether the value of a bool option means on."""
+    return value in _TRUE
 
 
 def parse_creation_options(image_format: str, text: str | None) -> dict[str, str]:
@@ -130,15 +157,7 @@ def parse_creation_options(image_format: str, text: str | None) -> dict[str, str
     Raises:
         OptionError: an unknown option or a value of the wrong type.
     """
-    known = {option.name: option for option in FORMAT_OPTIONS[image_format] + FILE_OPTIONS[image_format]}
-    values: dict[str, str] = {}
-    for element in parse_key_values(text or ""):
-        if element.name == "id":
-            continue  # QEMU takes the name of an option list out of it
-        if element.name not in known:
-            raise OptionError(f"Invalid parameter '{element.name}'")
-        values[element.name] = _checked(known[element.name], element.value)
-    return values
+    return parse_option_list(FORMAT_OPTIONS[image_format] + FILE_OPTIONS[image_format], text or "")
 
 
 def formatting_line(filename: str, image_format: str, values: dict[str, str]) -> str:

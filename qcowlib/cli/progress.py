@@ -50,14 +50,14 @@ class Progress:
 
 
 class _Line:
-    """qemu-img's line, for pipes and files: rewritten in place after so many percent or more."""
+    """qemu-img's line, for pipes and files: rewritten in place after so many percent, up or down."""
 
     def __init__(self, step: float) -> None:
         self._step = step
         self._last = -step
 
     def show(self, percent: float) -> None:
-        if percent > self._last + self._step or percent in (0.0, 100.0):
+        if abs(percent - self._last) > self._step or percent in (0.0, 100.0):
             self._last = percent
             print(f"    ({percent:3.2f}/100%)\r", end="", flush=True)
 
