@@ -75,7 +75,7 @@ CELLS = [
 def test_twenty_of_twenty(
     rig: MakeRig, tmp_path: Path, cell: Cell, record_property: Callable[[str, object], None]
 ) -> None:
-    guest = rig(*["qcow2"] * len(cell.modes), period=3)
+    guest = rig(*["qcow2"] * len(cell.modes), period=2)
     domain = guest.start()
     catalog = Catalog(str(tmp_path / "catalog"))
     taken: list[DomainSnapshot] = []
