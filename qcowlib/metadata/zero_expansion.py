@@ -72,8 +72,8 @@ class _Expansion:
     def run(self, progress: Progress | None) -> None:
         """Table by table, each once, in the order of the L1 tables."""
         state = self.state
-        require_enough_refcounts(state)  # the mapping is sound, and what is freed is nobody else's
         trees = [state.l1, *(state.snapshot_mapping(entry).l1 for entry in state.snapshots)]
+        require_enough_refcounts(state)  # the mapping is sound, and what is freed is nobody else's
         every = offsets(np.concatenate(trees), L1_OFFSET_MASK)
         self.tables, self.uses = np.unique(every[every != 0], return_counts=True)
         done: Int64Array = np.zeros(0, dtype=np.int64)

@@ -15,11 +15,13 @@ Source: the rules, order and texts of QEMU 7.2's amend.
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qcowlib.errors import EncryptionError, OptionError
+from qcowlib.errors import CorruptMetadata, EncryptionError, FormatError, OptionError
 from qcowlib.extents import ExtentKind
 from qcowlib.format import constants as k
 from qcowlib.format.extensions import HeaderExtension, new_extensions
@@ -341,12 +343,17 @@ def _downgrade(image: WritableQcow2Image, progress: Progress | None) -> None:
     if image.bitmaps:
         remove_all_bitmaps(image)
     with image.exclusive() as transaction:
-        expand_zeroes(
-            transaction,
-            image.store if image.cipher is not None else None,
-            has_backing=header.backing_file is not None,
-            progress=progress,
-        )
+        try:
+            expand_zeroes(
+                transaction,
+                image.store if image.cipher is not None else None,
+                has_backing=header.backing_file is not None,
+                progress=progress,
+            )
+        except FormatError as error:
+            reason = os.strerror(errno.EIO if error.errno is None else error.errno)
+            stock = f"{error.stock}\n{{program}}: Failed to turn zero into data clusters: {reason}"
+            raise CorruptMetadata(error.structure, error.host_offset, error.rule, stock=stock) from error
         transaction.commit()
         transaction.flush()
         _swing(
