@@ -84,13 +84,14 @@ def _no_check() -> int:
     return NO_CHECK
 
 
-def _tell(arguments: Arguments, found: CheckReport, fixed: dict[str, Value]) -> int:
+def _tell(arguments: Arguments, found: CheckReport, fixed: dict[str, Value], *, told_before: bool = False) -> int:
     """Print a check's report; returns the exit code.
 
     Args:
         arguments: say how.
         found: the report.
         fixed: counters of the repair before.
+        told_before: the findings have been printed.
     """
     from qcowlib.findings import Severity
 
@@ -103,7 +104,7 @@ def _tell(arguments: Arguments, found: CheckReport, fixed: dict[str, Value]) -> 
             report(last.text.replace("{program}", program_name()))
         else:
             reason = last.text.removeprefix("ERROR ")  # what could not be looked at, in one line
-    for finding in told:
+    for finding in () if told_before else told:
         if finding.count or finding.code != "overlap":  # else a wrong refcount tells the same
             print(finding.text, file=sys.stderr)
     if reason is not None:
@@ -153,7 +154,7 @@ def _repair(arguments: Arguments, name: ImageName, mode: str) -> int:
     if undo_path is not None and (plan.lost or plan.actions):
         print(f"What was replaced is kept in '{undo_path}'; '--undo' takes the repair back.", file=sys.stderr)
     if not plan.repairs:
-        return _tell(arguments, after, {})
+        return _tell(arguments, after, {}, told_before=bool(plan.lines))
     if not (arguments.has("quiet") or wants_json(arguments)):
         print(
             "The following inconsistencies were found and repaired:\n\n"

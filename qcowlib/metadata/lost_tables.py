@@ -79,6 +79,14 @@ class LostTables:
             places += (clusters[likely] << self.geometry.cluster_bits).tolist()
         return places
 
+    def lacking(self, places: list[int]) -> list[int]:
+        """Those of some host offsets whose cluster has a higher refcount than it has references."""
+        clusters = np.array(places, dtype=np.int64) >> self.geometry.cluster_bits
+        if not self.known_refcounts or not len(clusters):
+            return []
+        more = self.found.stored.at(clusters) > self.found.references.at(clusters).astype(np.uint64)
+        return [place for place, chosen in zip(places, more.tolist(), strict=True) if chosen]
+
     def snapshot_tables(self) -> list[int]:
         """Host offsets where the snapshot table may lie: with as many sound entries as the header says."""
         places = []

@@ -293,14 +293,21 @@ class MappingRepair:
                 yield layer, self._read_l1(layer)
 
     def _lost_l2_table(self, mended: list[tuple[_Layer, Entries, Mended]]) -> int | None:
-        """The place of the L2 table that a damaged L1 entry named, where there is no doubt about it."""
+        """The place of the L2 table that a damaged L1 entry named, where there is no doubt about it.
+
+        It is in use, and nothing refers to it; or the same part of another layer does, and is one reference short.
+        """
         view = OverlayStorage(self.overlay)
         for layer, _, new in mended:
             view.pwrite(new.words.tobytes(), layer.offset)
         found = census(Qcow2State(view, self.header), self.rescued)
         if found.stopped is not None:
             return None
-        places = LostTables(view, self.header, self.rules, found).l2_tables()
+        search = LostTables(view, self.header, self.rules, found)
+        places = search.l2_tables()
+        index = next(int(np.flatnonzero(new.lost)[0]) for _, _, new in mended if new.lost.any())
+        beside = {int(offsets(new.words[index : index + 1])[0]) for _, _, new in mended if index < len(new.words)} - {0}
+        places += search.lacking(sorted(beside))
         return places[0] if len(places) == 1 else None
 
     def _mend_l2_tables(self) -> None:

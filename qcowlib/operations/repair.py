@@ -164,16 +164,19 @@ class _Planning:
                 plan.refusal = "the mapping is damaged, so that nothing may be given back"
             return plan
         lines = _refcount_lines(report)
-        if lines:
-            plan.lines = [*lines, *(_repairing(line, leaks_only=True) for line in lines)]
-            plan.leaks_fixed = report.leaks
-        copied = self._copied(found)
-        plan.lines += [finding.text if low else _repairing(finding.text) for finding in copied]
-        plan.corruptions_fixed = 0 if low else _count(copied)
-        Healing(self.header, self.overlay, found, leaks_only=bool(low)).run()
-        if not low:
-            self._finish(plan, self.header)
+        plan.lines = [*lines, *(_repairing(line, leaks_only=True) for line in lines)]
+        plan.leaks_fixed = report.leaks
         plan._overlay = self.overlay
+        if low:
+            Healing(self.header, self.overlay, found, leaks_only=True).run()
+            after = check_census(state, census(state))
+            plan.lines += [finding.text for finding in after.findings if finding.code.startswith("copied-flag-l")]
+            return plan
+        copied = self._copied(found)
+        plan.lines += [_repairing(finding.text) for finding in copied]
+        plan.corruptions_fixed = _count(copied)
+        Healing(self.header, self.overlay, found).run()
+        self._finish(plan, self.header)
         return plan
 
     def everything(self) -> RepairPlan:

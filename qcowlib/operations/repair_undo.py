@@ -29,8 +29,10 @@ import numpy as np
 import numpy.typing as npt
 
 from qcowlib.errors import FormatError, ImageStateError, QcowError, StorageError
+from qcowlib.format.entries import ENTRY_DTYPE, Int64Array
+from qcowlib.metadata.mapping_census import SCAN_BYTES
 from qcowlib.metadata.references import empty_words, read_tables
-from qcowlib.metadata.state import load_state
+from qcowlib.metadata.state import Qcow2State, load_state, table_offsets
 from qcowlib.metadata.stored_refcounts import StoredRefcounts
 from qcowlib.storage.helpers import read_padded
 from qcowlib.storage.overlay import OverlayStorage
@@ -42,7 +44,6 @@ _HEAD = len(MAGIC) + 12
 _DIGEST = 32
 _MAX_FILE = 4 << 30
 _SECTOR = 512
-_BATCH = 64
 
 Range = tuple[int, int]
 
@@ -169,19 +170,31 @@ def undo_repair(undo: UndoFile, storage: Storage) -> None:
 
 
 def metadata_digest(storage: ReadStorage) -> str:
-    """SHA-256 of what changes with every allocation: first cluster, refcount table and blocks, active L1 table."""
+    """SHA-256 of the metadata of a sound image: header, refcount table and blocks, all L1 and L2 tables."""
     digest = hashlib.sha256()
-    header = load_state(storage, for_check=True).header
+    state = load_state(storage, for_check=True)
+    header = state.header
     digest.update(read_padded(storage, 0, header.cluster_size))
-    digest.update(read_padded(storage, header.l1_table_offset, 8 * header.l1_size))
     stored = StoredRefcounts(storage, header)
     digest.update(stored.table.tobytes())
-    host = stored.block_offsets[(stored.block_offsets > 0) & ~stored.unreadable]
-    for start in range(0, len(host), _BATCH):
-        words = empty_words(len(host[start : start + _BATCH]), header.geometry)
-        read_tables(storage, header.geometry, host[start : start + _BATCH], words)
-        digest.update(words.tobytes())
+    _digest_tables(digest, state, stored.block_offsets[(stored.block_offsets > 0) & ~stored.unreadable])
+    tables = [(header.l1_table_offset, header.l1_size)]
+    tables += [(entry.l1_table_offset, entry.l1_size) for entry in state.snapshots]
+    for offset, entries in tables:
+        l1 = np.frombuffer(read_padded(storage, offset, 8 * entries), dtype=ENTRY_DTYPE)
+        digest.update(l1.tobytes())
+        _digest_tables(digest, state, table_offsets(l1, header.geometry))
     return digest.hexdigest()
+
+
+def _digest_tables(digest: hashlib._Hash, state: Qcow2State, host: Int64Array) -> None:
+    """Add tables of a cluster each, in batches."""
+    per_batch = max(1, SCAN_BYTES >> state.geometry.cluster_bits)
+    for start in range(0, len(host), per_batch):
+        part = host[start : start + per_batch]
+        words = empty_words(len(part), state.geometry)
+        read_tables(state.storage, state.geometry, part, words)
+        digest.update(words.tobytes())
 
 
 def _require_unchanged(undo: UndoFile, storage: ReadStorage) -> None:
@@ -190,15 +203,15 @@ def _require_unchanged(undo: UndoFile, storage: ReadStorage) -> None:
         f"'{storage.name}' has been changed since the repair, or the undo file is of another image ('{undo.image}')"
     )
     view = _as_before(undo, storage)
-    present = [_padded(storage, place) for place in undo.ranges]
-    known = [
-        _equal_sectors(place, old, data) for place, old, data in zip(undo.ranges, undo.before, present, strict=True)
-    ]
+    present = [read_padded(storage, offset, length) for offset, length in undo.ranges]
+    states = [[_equal_sectors(*row) for row in zip(undo.ranges, undo.before, present, strict=True)]]
     for epoch in undo.epochs:
         _apply(view, [epoch])
-        for index, place in enumerate(undo.ranges):
-            known[index] |= _equal_sectors(place, view.pread(place[1], place[0]), present[index])
-    if not all(bool(sectors.all()) for sectors in known):
+        now = [view.pread(length, offset) for offset, length in undo.ranges]
+        states.append([_equal_sectors(*row) for row in zip(undo.ranges, now, present, strict=True)])
+    # Cut off in an epoch, each sector is as before or after it.
+    pairs = zip([states[0], *states], states, strict=False)
+    if not any(all((old | new).all() for old, new in zip(*pair, strict=True)) for pair in pairs):
         raise changed
     try:
         digest = metadata_digest(view)
@@ -230,10 +243,6 @@ def _apply(view: OverlayStorage, epochs: list[list[tuple[int, bytes]]]) -> None:
     for epoch in epochs:
         for offset, data in epoch:
             view.pwrite(data, offset)
-
-
-def _padded(storage: ReadStorage, place: Range) -> bytes:
-    return read_padded(storage, place[0], place[1])
 
 
 def _merged(ranges: list[Range]) -> list[Range]:

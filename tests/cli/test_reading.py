@@ -214,10 +214,3 @@ def test_chain_that_is_a_loop(tmp_path: Path) -> None:
     qemu_img("create", "-q", "-f", "qcow2", "-b", "a", "-F", "qcow2", "b", cwd=tmp_path)
     qemu_img("rebase", "-u", "-b", "b", "-F", "qcow2", "a", cwd=tmp_path)
     assert assert_same(tmp_path, "info", "--backing-chain", "a").code == 1
-
-
-def test_repair_says_that_it_is_missing(folder: Path) -> None:
-    before = (folder / "plain").read_bytes()
-    said = ours(folder, "check", "-r", "all", "plain")
-    assert said == (1, "", "qemu-img: repair is not available yet; nothing was changed\n")
-    assert (folder / "plain").read_bytes() == before
