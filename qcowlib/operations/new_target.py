@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-from qcowlib.errors import ImageStateError, OptionError, StorageError
+from qcowlib.errors import ImageStateError, OptionError, QcowError, StorageError
 from qcowlib.image.chain import chain_layers
 from qcowlib.image.create_target import same_file
 from qcowlib.image.creation import create_image
@@ -85,8 +85,14 @@ def created(new: NewTarget) -> Iterator[WritableImage]:
     file = UnfinishedFile(new.path)
     try:
         _create(new, file.name)
-    except BaseException:
+    except QcowError:
         file.restore()
+        raise
+    except BaseException as error:
+        if file.untouched:
+            file.restore()
+        else:
+            file.give_up(error)
         raise
     try:
         passphrase = new.passphrase or new.options.get("encrypt_passphrase")
@@ -193,9 +199,12 @@ def _create(new: NewTarget, path: str) -> None:
             **new.options,
         )
     except StorageError as error:
-        if error.name == path != new.path:
-            raise StorageError(new.path, error.action, error.cause) from error
-        raise
+        if error.name != path or path == new.path:
+            raise
+        told = StorageError(new.path, error.action, error.cause)
+        for note in getattr(error, "__notes__", ()):
+            told.add_note(note.replace(path, new.path))
+        raise told from None
 
 
 def is_device(storage: ReadStorage) -> bool:

@@ -42,8 +42,14 @@ class UnfinishedFile:
         self._final = os.path.realpath(path) if os.path.islink(path) else path
         self._existed = os.path.lexists(self._final)
         self.name = path
+        self._before = self._state()
         if self._set_aside():
             self.name = self._final + UNFINISHED
+
+    @property
+    def untouched(self) -> bool:
+        """Whether what was there before still is."""
+        return self._existed and self._state() == self._before
 
     def finish(self, *, durable: bool) -> None:
         """Give the file its name.
@@ -80,6 +86,12 @@ class UnfinishedFile:
                 told = "existed before and has lost its content"
         error.add_note(f"'{self._path}' {told}")
         self.restore()
+
+    def _state(self) -> tuple[int, int] | None:
+        with suppress(OSError, ValueError):
+            status = os.stat(self.name)
+            return status.st_size, status.st_mtime_ns
+        return None
 
     def _set_aside(self) -> bool:
         """Make sure of the other name, and let an existing target have it; False: it is written in place."""
