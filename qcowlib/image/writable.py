@@ -78,10 +78,15 @@ class WritableQcow2Image(Qcow2Image):
     def reload(self) -> None:
         """Read the metadata anew, after an operation that has changed the version or the refcount width."""
         with self._lock:
-            self.transaction.close()
-            self.state = load_state(self.state.storage, self._data_storage)
-            self.clusters.clear()
-            self._begin(self.state)
+            try:
+                self.transaction.close()
+                state = load_state(self.state.storage, self._data_storage)
+                self.state = state
+                self.clusters.clear()
+                self._begin(state)
+            except BaseException:
+                self.transaction.failed = True  # it does not know the image as it is now
+                raise
 
     def read(self, offset: int, length: int) -> bytes:
         """Exactly `length` bytes at `offset` (see `BlockImage.read`)."""

@@ -222,8 +222,9 @@ def _change_header(
 
 
 def _swing(transaction: MetadataTransaction, **changes: Any) -> None:  # noqa: ANN401 - the types are Header's
-    header = transaction.state.header
-    swing_header(transaction, laid_out(header, replace(header, **changes)))
+    with transaction.direct_writes():
+        header = transaction.state.header
+        swing_header(transaction, laid_out(header, replace(header, **changes)))
 
 
 # Key slots
@@ -308,6 +309,7 @@ def _upgrade(image: WritableQcow2Image, progress: Progress | None) -> None:
             state.snapshots = snapshots
         if progress is not None:
             progress(1, 2)
+        transaction.flush()  # without the dirty bit version 3 says that the refcounts on disk are exact
         names = next(iter(new_extensions(3, state.header.cluster_size)), None)
         _swing(
             transaction,

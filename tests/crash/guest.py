@@ -26,7 +26,8 @@ class Step(NamedTuple):
 
     Attributes:
         kind: "write", "packed" (a compressed cluster), "zero", "discard", "flush", "create", "apply", "delete",
-            "attach" (give a snapshot a vm state), "resize", or "reserve" (grow with preallocated space).
+            "attach" (give a snapshot a vm state), "resize", "reserve" (grow with preallocated space),
+            or "amend" (`name` holds the options).
         offset: guest bytes.
         length: guest bytes; bytes of vm state for "create" and "attach"; the new size for "resize" and "reserve".
         seed: start of the pseudo-random data.
@@ -42,7 +43,7 @@ class Step(NamedTuple):
     @property
     def whole(self) -> bool:
         """Whether it happens wholly or not at all, and is durable when it returns."""
-        return self.kind in ("create", "apply", "delete", "attach", "resize", "reserve")
+        return self.kind in ("create", "apply", "delete", "attach", "resize", "reserve", "amend")
 
     def data(self) -> bytes:
         """What is written."""
@@ -111,7 +112,7 @@ class Guest:
             saved.pop(step.name + VM_STATE, None)
         elif step.kind in ("resize", "reserve"):
             content = content[: step.length].ljust(step.length, b"\0")
-        elif step.kind != "flush":
+        elif step.kind not in ("flush", "amend"):
             content = self._changed(content, step)
         self.moments.append(Moment(content, saved, step))
 
@@ -131,7 +132,7 @@ class Guest:
         if final.step.whole and last > first:
             if content == final.content and dict(saved) == dict(final.saved):
                 return None
-            if final.step.kind not in ("apply", "resize", "reserve") and saved.keys() == final.saved.keys():
+            if final.step.kind not in ("apply", "resize", "reserve", "amend") and saved.keys() == final.saved.keys():
                 return "the operation on snapshots took effect, but contents differ"
             last -= 1
         expected = self.moments[first].saved

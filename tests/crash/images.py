@@ -11,6 +11,7 @@ from typing import cast
 from qcowlib.image.opening import open_image
 from qcowlib.image.policy import LocalFiles
 from qcowlib.image.writable import WritableQcow2Image
+from qcowlib.operations.amend import amend
 from qcowlib.operations.resize import resize
 from qcowlib.operations.snapshots import apply_snapshot, attach_vmstate, create_snapshot, delete_snapshot
 from qcowlib.storage.buffer import BytesStorage
@@ -114,7 +115,13 @@ def run_step(image: WritableQcow2Image, step: Step) -> None:
         attach_vmstate(image, step.name, io.BytesIO(step.data()))
     elif step.kind == "apply":
         apply_snapshot(image, step.name)
+    elif step.kind == "amend":
+        amend(image, **{name: value if name == "compat" else int(value) for name, value in _options(step.name)})
     elif step.kind in ("resize", "reserve"):
         resize(image, step.length, shrink=True, preallocation="full" if step.kind == "reserve" else "off")
     else:
         delete_snapshot(image, step.name)
+
+
+def _options(text: str) -> list[list[str]]:
+    return [option.split("=") for option in text.split(",")]

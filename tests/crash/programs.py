@@ -56,6 +56,11 @@ def resize(clusters: float) -> Step:
     return Step("resize", length=clusters)  # type: ignore[arg-type]
 
 
+def amend(options: str) -> Step:
+    """Change options of the image."""
+    return Step("amend", name=options)
+
+
 def reserve(clusters: float) -> Step:
     """Make the disk larger, with preallocated space."""
     return Step("reserve", length=clusters)  # type: ignore[arg-type]
@@ -237,6 +242,26 @@ RESIZE: Program = (
     ],
 )
 
+# Widths and versions: zero clusters that snapshots share, with and without clusters of their own.
+AMEND: Program = (
+    [*_SHARED, create("c"), zero(2, 1), zero(13.5, 0.5)],
+    [
+        write(1.1, 1.5, 20),
+        amend("refcount_bits=64"),
+        zero(3, 2),
+        FLUSH,
+        amend("refcount_bits=16,compat=0.10"),
+        delete("a"),
+        amend("compat=1.1,lazy_refcounts=1"),
+        write(4.5, 1, 22),
+    ],
+)
+
+AMEND_BACKING: Program = (
+    [write(2, 2), zero(4, 3), create("a"), zero(8, 1), write(5, 0.5, 1), zero(2, 1), zero(12, 3)],
+    [write(0.5, 1, 2), amend("compat=0.10"), write(13, 1, 3), amend("compat=1.1,refcount_bits=32"), zero(9, 1)],
+)
+
 # The tables are shared with snapshots of other sizes.
 RESIZE_SHARED: Program = (
     [*_SHARED],
@@ -302,6 +327,9 @@ def _scenarios() -> list[Scenario]:
         if label != "v3-4k-r8":
             add(f"resize-{label}", options, RESIZE, 20, samples=3)
         if label in ("v3-512", "v3-16k-parts"):
+            if label == "v3-512":
+                add(f"amend-{label}", options, AMEND, 70, samples=3)
+                add(f"amend-backing-{label}", options, AMEND_BACKING, 40, backing=15.5, samples=3)
             add(f"resize-shared-{label}", options, RESIZE_SHARED, 20, samples=3)
             add(f"resize-backing-{label}", options, RESIZE_BACKING, 10.25, backing=15.5, samples=3)
     add("growth-v3-512-r64", v3 | small | {"refcount_bits": 64}, GROWTH, 4000, samples=2)

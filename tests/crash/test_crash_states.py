@@ -83,7 +83,7 @@ def test_crash_states(scenario: Scenario, tmp_path: Path, record_property: Recor
             if counts["distinct"] % 40 == 20:  # each takes three processes
                 counts["checked by stock QEMU"] += 1
                 stock_agrees(healed, found, tmp_path)
-                if scenario.version == 3:
+                if SecondOpinion(data).version == 3:
                     counts["healed by stock QEMU"] += stock_heals(data, found, tmp_path)
         except Exception as error:
             error.add_note(f"{scenario.name}: epoch {state.epoch}, {state.text}, moments {first} to {last}")

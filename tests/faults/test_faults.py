@@ -19,7 +19,8 @@ Record = Callable[[str, object], None]
 
 _NAMES = [f"{name}-v3-512" for name in ("shared", "packed", "zeroes", "create", "apply", "delete", "vmstates")]
 _NAMES += [f"{name}-v2-512" for name in ("shared", "packed", "create", "apply", "delete", "blocks")]
-_NAMES += ["resize-v3-512", "resize-v2-512", "resize-shared-v3-512", "resize-backing-v3-16k-parts"]
+_NAMES += ["resize-v3-512", "resize-shared-v3-512", "resize-backing-v3-16k-parts"]
+_NAMES += ["amend-v3-512", "amend-backing-v3-512"]
 _NAMES += ["blocks-v3-512-r64", "shared-v3-16k-parts", "backing-v3-4k-r8"]
 CHOSEN = [scenario for scenario in SCENARIOS if scenario.name in _NAMES]
 
