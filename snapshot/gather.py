@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ import qcowlib
 from snapshot import offline, plan_delete
 from snapshot.copies import state_facts
 from snapshot.domain import ActiveDomain, Domain, DomainFacts, StoredSnapshot, backing_path, backing_paths, same_file
-from snapshot.errors import NoSuchDomainSnapshot
+from snapshot.errors import NoSuchDomainSnapshot, QmpError
 from snapshot.foreign import found_in_files, stored_in
 from snapshot.journal import Journal
 from snapshot.model import (
@@ -101,6 +102,7 @@ def revert_request(
         options=options,
         described={} if description is None else {disk.target: disk.path for disk in description.disks},
         command=() if description is None else tuple(description.command),
+        memory_files=_memory_files(domain),
         folder=None if description is None else description.folder,
         socket=_socket(domain),
         layers=layers,
@@ -129,6 +131,18 @@ def _stored(path: str, tops: Mapping[str, Sequence[StoredSnapshot]]) -> Sequence
 def _free(path: str) -> int:
     status = os.statvfs(os.path.dirname(path) or ".")
     return status.f_bavail * status.f_frsize
+
+
+def _memory_files(domain: Domain) -> list[str]:
+    """Files that a running guest's memory lies in, so that whoever opens them changes it."""
+    if not isinstance(domain, ActiveDomain):
+        return []
+    found: list[str] = []
+    for one in domain.qmp.execute("query-memdev"):
+        where = {"path": f"/objects/{one.get('id')}", "property": "mem-path"}
+        with contextlib.suppress(QmpError):  # no such property: the memory is in no file
+            found.append(str(domain.qmp.execute("qom-get", where)) if one["share"] else "")
+    return [path for path in found if os.path.isfile(path)]  # not the directory of huge pages
 
 
 def _stem(path: str, made: set[str]) -> str:

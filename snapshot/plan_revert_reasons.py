@@ -134,5 +134,10 @@ def _against_restart(request: RevertRequest) -> Iterator[str]:
         described = request.described.get(target)
         if (described is None or not same_file(described, path)) and f"{{disk:{target}}}" not in text:
             yield f"the start command has no {{disk:{target}}}, and the disk's file is another one afterwards"
+    for path in request.memory_files:
+        yield (
+            f"the guest's memory is the shared file '{path}', which a second QEMU would change: "
+            "shut the domain down first"
+        )
     for blocker in request.facts.blockers if request.parting else ():
         yield f"QEMU cannot let go of its disks: {blocker}"

@@ -70,6 +70,7 @@ class RevertRequest:
         stored: for each file with an internal snapshot of a disk, all internal snapshots in it.
         states: for each of these files that may have to be copied from, what there is to copy.
         missing: files of the snapshot that are not there.
+        memory_files: files that the running guest's memory lies in, shared with whoever opens them.
         stems: for each of the snapshot's files, what new files above it are named after.
     """
 
@@ -90,6 +91,7 @@ class RevertRequest:
     missing: Sequence[str]
     stems: Mapping[str, str]
     folder: str | None = None
+    memory_files: Sequence[str] = ()
 
     @property
     def chosen(self) -> list[DiskSnapshot]:

@@ -143,6 +143,20 @@ def test_what_a_restart_needs_is_said(rig: MakeRig, tmp_path: Path) -> None:
     guest.wait_for_ticks(2)
 
 
+def test_memory_that_a_second_qemu_would_change(rig: MakeRig, tmp_path: Path) -> None:
+    guest = rig()
+    memory = tmp_path / "memory"
+    backend = f"memory-backend-file,id=m,size=4M,mem-path={memory},share=on"
+    domain = guest.start("-object", backend, "-machine", "memory-backend=m")
+    guest.wait_for_ticks(3)
+    catalog = Catalog(str(tmp_path / "catalog"))
+    create(domain, catalog, SnapshotRequest("one", disk_only=True, disks=INSIDE))
+    with pytest.raises(NotPossible, match=f"memory is the shared file '{memory}'"):
+        executor.revert(domain, catalog, "one", DISCARD)
+    guest.wait_for_ticks(2)
+    assert not guest.complaints()
+
+
 def digest(path: str) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
