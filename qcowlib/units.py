@@ -7,6 +7,7 @@ import re
 
 from qcowlib.errors import OptionError
 
+INT32_MAX = (1 << 31) - 1
 INT64_MAX = (1 << 63) - 1
 UINT64_MAX = (1 << 64) - 1
 

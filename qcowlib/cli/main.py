@@ -21,6 +21,7 @@ INTERRUPTED = 130
 
 COMMANDS = {
     "amend": "change the options of an existing image",
+    "bench": "tell how long equal requests to an image take",
     "bitmap": "add, remove, clear, enable, disable and merge the dirty bitmaps of an image",
     "chain": "examine a backing chain, plan and carry out the removal of an image from it",
     "check": "check an image for damage and leaked clusters",

@@ -72,11 +72,16 @@ def image_name(arguments: Arguments, text: str) -> ImageName:
         return _parsed(text, text, image_format, secrets)
     if image_format is not None:
         raise CommandFailed("--image-opts and --format are mutually exclusive")
-    return options_name(text, secrets)
+    return options_name(text, secrets, force_share=arguments.has("force-share"))
 
 
-def options_name(text: str, secrets: dict[str, bytes]) -> ImageName:
+def options_name(text: str, secrets: dict[str, bytes], *, force_share: bool = False) -> ImageName:
     """An image described by a list of options.
+
+    Args:
+        text: the list.
+        secrets: passphrases by id.
+        force_share: whether -U is given; the options must not say otherwise.
 
     Raises:
         CommandFailed: the options cannot be used.
@@ -85,6 +90,8 @@ def options_name(text: str, secrets: dict[str, bytes]) -> ImageName:
     if isinstance(options.get("file"), str):
         node = options["file"]
         raise CommandFailed(f"Could not open '{text}': Cannot find device='{node}' nor node-name='{node}'")
+    if force_share and options.get("force-share", "on") != "on":
+        raise CommandFailed("--force-share/-U conflicts with image options")
     if not any(name == "driver" or name.startswith("file.") for name in options):
         raise CommandFailed(f"Could not open '{text}': Must specify either driver or file")
     return _parsed(text, "json:" + dumps(options, pretty=False), None, secrets)

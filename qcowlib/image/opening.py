@@ -48,7 +48,7 @@ ImageSource = str | os.PathLike[str] | bytes | bytearray | memoryview | int | Re
 MAX_CHAIN_LENGTH = 200
 
 # Names of QEMU drivers that show a file as it is.
-_RAW_FORMATS = ("raw", "file", "host_device")
+_RAW_FORMATS = ("raw", "file", "host_device", "null-co", "null-aio")
 
 
 @dataclass(frozen=True)
@@ -284,7 +284,7 @@ def _open_storage(
         request = replace(request, ancestors=(*request.ancestors, identity))
         image: Qcow2Image | RawImage
         if chosen in _RAW_FORMATS:
-            image = _raw_image(storage, request, probed=image_format is None)
+            image = _raw_image(storage, request, image_format)
         elif chosen == "qcow2":
             image = _qcow2_image(storage, request, reference, undo)
         elif chosen in FOREIGN_FORMATS:
@@ -307,10 +307,10 @@ def _identity(storage: ReadStorage, image_format: str, reference: Reference) -> 
     return id(inner)
 
 
-def _raw_image(storage: ReadStorage, request: _Request, *, probed: bool) -> RawImage:
+def _raw_image(storage: ReadStorage, request: _Request, image_format: str | None) -> RawImage:
     if not request.writable:
-        return RawImage(storage)
-    if probed:
+        return RawImage(storage, image_format or "raw")
+    if image_format is None:
         raise OptionError(f"'{storage.name}' has no known format; give format='raw' to write it as a raw image")
     return WritableRawImage(_writable_storage(storage))
 

@@ -97,14 +97,15 @@ class RawImage(ReadableImage):
 
     Args:
         storage: the file; closed with the image.
+        format: name of the driver that shows the file so, which is "raw" or that of the file's own.
     """
 
-    format = "raw"
     cluster_size = SECTOR_SIZE
 
-    def __init__(self, storage: ReadStorage) -> None:
+    def __init__(self, storage: ReadStorage, format: str = "raw") -> None:
         super().__init__()
         self.storage = storage
+        self.format = format
         self._size = -(-storage.size() // SECTOR_SIZE) * SECTOR_SIZE
         self._host_base = storage.host_base if isinstance(storage, StorageWindow) else 0
 

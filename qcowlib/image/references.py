@@ -220,7 +220,7 @@ def _reference_from_options(options: dict[str, Any], name: str, depth: int) -> R
         stock = f"Block format '{driver}' does not support the option '{unknown[0]}'"
         raise ChainError(rule, stock=None if driver is None else stock)
     if driver in _NULL_DRIVERS:
-        return Reference(f"{driver}://", zeroes=_number(options.get("size", _NULL_SIZE), "size", name))
+        return Reference(f"{driver}://", driver, zeroes=_number(options.get("size", _NULL_SIZE), "size", name))
     if driver in _FILE_DRIVERS or (driver is None and "filename" in options):
         return _file_reference(options, name)
     inner = _child(options, "file", name, depth)

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qcowlib.errors import CorruptMetadata
+from qcowlib.image.raw import RawImage
 from qcowlib.image.references import has_protocol
+from qcowlib.storage.null import NullStorage
 
 if TYPE_CHECKING:
     from qcowlib.codecs.luks_info import LuksInfo
@@ -95,7 +97,8 @@ def image_info(image: BlockImage, filename: str | None = None) -> ImageInfo:
     name = image.name if filename is None else filename
     state: Qcow2State | None = getattr(image, "state", None)
     if state is None:
-        return ImageInfo(name, image.format, image.size, _allocated_size(image.name))
+        nothing = isinstance(image, RawImage) and isinstance(image.storage, NullStorage)
+        return ImageInfo(name, image.format, image.size, 0 if nothing else _allocated_size(image.name))
     header = state.header
     backing = header.backing_file or None
     return ImageInfo(

@@ -117,7 +117,7 @@ def test_a_relative_name_needs_a_directory() -> None:
          Reference("x", None, (Window(0, None),), faulty=True)),
         ({"driver": "blkdebug", "inject-error": [{"event": "none"}], "image": {"filename": "x"}},
          Reference("x", None, (Window(0, None),), faulty=True)),
-        ({"driver": "null-co", "size": 1024, "read-zeroes": True}, Reference("null-co://", zeroes=1024)),
+        ({"driver": "null-co", "size": 1024, "read-zeroes": True}, Reference("null-co://", "null-co", zeroes=1024)),
         ({"driver": "raw", "file.driver": "null-aio"}, Reference("null-aio://", "raw", zeroes=1 << 30)),
     ],
 )  # fmt: skip
