@@ -98,6 +98,8 @@ def _against_domain(resolved: Resolved) -> Iterator[str]:
 
 def against_state(facts: DomainFacts) -> Iterator[str]:
     """What QEMU's own state has against any change."""
+    if facts.stranger:
+        yield "QEMU has none of the disks open that the domain's description names: is this another domain's socket?"
     if facts.run_state == "postmigrate":
         yield "the guest stands after a finished migration (postmigrate): resume it first"
     elif facts.run_state not in _USABLE_STATES:

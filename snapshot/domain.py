@@ -121,6 +121,7 @@ class DomainFacts:
         capabilities: migration capabilities that are on.
         agent_socket: of the guest agent, if known.
         devices: those that were plugged into the machine, as "id (type)".
+        stranger: none of its disks is one of the description's.
     """
 
     name: str
@@ -137,6 +138,7 @@ class DomainFacts:
     capabilities: tuple[str, ...] = ()
     agent_socket: str | None = None
     devices: tuple[str, ...] = ()
+    stranger: bool = False
 
     def by_target(self) -> dict[str, DiskFacts]:
         """The disks by target."""
@@ -190,8 +192,8 @@ class ActiveDomain:
         name = self.qmp.execute("query-name").get("name")
         return str(name or os.path.splitext(os.path.basename(self.qmp.path))[0])
 
-    def facts(self, layers: Mapping[str, str] | None = None) -> DomainFacts:  # noqa: ARG002 - QEMU knows them
-        """Ask QEMU."""
+    def facts(self, layers: Mapping[str, str] | None = None) -> DomainFacts:
+        """Ask QEMU; `layers` helps to know a disk again whose described file is not part of it any more."""
         ask = self.qmp.execute
         graph = BlockGraph.query(self.qmp)
         jobs = [job for job in ask("query-jobs") if job["status"] not in ("concluded", "null")]
@@ -203,7 +205,7 @@ class ActiveDomain:
         machine = str(ask("qom-get", {"path": "/machine", "property": "type"}))
         capabilities = ask("query-migrate-capabilities")
         disks = [
-            self._disk_facts(graph, device, busy)
+            self._disk_facts(graph, device, busy, layers or {})
             for device in ask("query-block")
             if "inserted" in device and device.get("qdev")
         ]
@@ -222,13 +224,17 @@ class ActiveDomain:
             capabilities=tuple(one["capability"] for one in capabilities if one["state"]),
             agent_socket=None if self.description is None else self.description.agent_socket,
             devices=_devices(self.qmp),
+            stranger=bool(self._described())
+            and not any(self._known_target((one.disk.path, *one.disk.backing_chain), layers or {}) for one in disks),
         )
 
     def close(self) -> None:
         """End the connection."""
         self.qmp.close()
 
-    def _disk_facts(self, graph: BlockGraph, device: dict[str, Any], busy: Mapping[str, str]) -> DiskFacts:
+    def _disk_facts(
+        self, graph: BlockGraph, device: dict[str, Any], busy: Mapping[str, str], layers: Mapping[str, str]
+    ) -> DiskFacts:
         inserted = device["inserted"]
         node = str(inserted["node-name"])
         chain = graph.chain(node)
@@ -237,7 +243,7 @@ class ActiveDomain:
         details = image.get("format-specific", {}).get("data", {})
         path = paths[0]
         disk = Disk(
-            target=self._target(device, node, paths),
+            target=self._target(device, node, paths, layers),
             path=path,
             format=str(inserted["drv"]),
             read_only=bool(inserted["ro"]),
@@ -266,18 +272,28 @@ class ActiveDomain:
             place=device_place(self.qmp, str(device["qdev"])),
         )
 
-    def _target(self, device: dict[str, Any], node: str, paths: list[str]) -> str:
+    def _known_target(self, paths: Sequence[str], layers: Mapping[str, str]) -> str | None:
+        """The described disk that goes on with one of these files, or began with it."""
+        described = self._described()
+        for target, file in (*layers.items(), *described.items()):
+            if target in described and any(same_file(file, path) for path in paths):
+                return target
+        return None
+
+    def _target(self, device: dict[str, Any], node: str, paths: list[str], layers: Mapping[str, str]) -> str:
         """The description's target, else QEMU's name of the drive, else the device's id, else the node's name."""
-        if self.description is not None:
-            for disk in self.description.disks:
-                if any(same_file(disk.path, path) for path in paths):
-                    return disk.target
+        known = self._known_target(paths, layers)
+        if known is not None:
+            return known
         if device.get("device"):
             return str(device["device"])
         parts = str(device["qdev"]).split("/")
         if "peripheral" in parts:
             return parts[parts.index("peripheral") + 1]
         return node if "/" in str(device["qdev"]) else str(device["qdev"])
+
+    def _described(self) -> dict[str, str]:
+        return {} if self.description is None else {disk.target: disk.path for disk in self.description.disks}
 
     def _in_order(self, disks: list[DiskFacts]) -> list[DiskFacts]:
         if self.description is None:

@@ -1,11 +1,16 @@
 """What the engine asks a running QEMU."""
 
 import threading
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from snapshot import domain as domains
-from snapshot.errors import QemuLost, QmpError, SocketTaken
+from snapshot import executor
+from snapshot.catalog import Catalog
+from snapshot.errors import NotPossible, QemuLost, QmpError, SocketTaken
+from snapshot.model import DeleteOptions, DiskMode, DomainSnapshot, SnapshotRequest
 from snapshot.qmp import Qmp
 from tests.live.rig import MakeRig
 
@@ -29,6 +34,29 @@ def test_facts_of_a_running_domain(rig: MakeRig) -> None:
     assert facts.disks[0].refcount_bits == 16
     assert [one.disk.virtual_size for one in facts.disks] == [8 << 20] * 2
     domain.close()
+
+
+def test_a_disk_whose_described_file_is_no_part_of_it_any_more(rig: MakeRig, tmp_path: Path) -> None:
+    """QEMU's own names of the drives are not the description's targets."""
+    guest = rig(named=False)
+    domain = guest.start()
+    catalog = Catalog(str(tmp_path / "catalog"))
+    external = SnapshotRequest("one", disk_only=True, default_mode=DiskMode.EXTERNAL)
+    executor.create(domain, catalog, external)
+    executor.delete(domain, catalog, "one", DeleteOptions(into="overlay"))
+    taken = executor.create(domain, catalog, external)
+    assert isinstance(taken, DomainSnapshot)
+    assert [disk.target for disk in taken.disks] == ["vda", "vdb"]
+    assert all(disk.file.endswith(".one.qcow2") for disk in taken.disks)
+
+
+def test_the_socket_of_another_domain(rig: MakeRig, tmp_path: Path) -> None:
+    guest = rig()
+    guest.start().close()
+    others = [replace(disk, path=str(tmp_path / f"other-{disk.target}.qcow2")) for disk in guest.disks]
+    guest.description.disks = tuple(others)
+    with pytest.raises(NotPossible, match="another domain's socket"):
+        executor.create(guest.connect(), Catalog(str(tmp_path / "catalog")), SnapshotRequest("one"))
 
 
 def test_a_domain_without_its_socket_is_not_taken_for_inactive(rig: MakeRig) -> None:

@@ -85,6 +85,7 @@ def test_a_guest_that_stands_is_never_taken_live() -> None:
         ("marked corrupt", SnapshotRequest("s"), {"disks": (disk(damaged="the image is marked corrupt"),)}),
         ("vda is in use by block job", SnapshotRequest("s"), {"disks": (disk(in_use="block job 'j'"),)}),
         ("a migration is under way", SnapshotRequest("s"), {"migration": "active"}),
+        ("another domain's socket", SnapshotRequest("s"), {"stranger": True}),
         ("the job 'j' is under way", SnapshotRequest("s"), {"jobs": ("j",)}),
         ("vda is read-only", SnapshotRequest("s", disks={"vda": DiskRequest(EXTERNAL)}),
          {"disks": (disk(read_only=True),)}),
