@@ -197,8 +197,8 @@ class WritableQcow2Image(Qcow2Image):
         Args:
             offset, length: guest bytes, whole clusters; the last one may be cut by the end of the disk.
 
-        Returns: (guest offset, host offset, bytes) of each run; None when a cluster of the range has an entry, is a
-            part of one, or has bytes in a backing file below its other part.
+        Returns: (guest offset, host offset, bytes) of each run; None when the range is not one of whole clusters, or a
+            cluster of it has something already. In an external data file it may: its place is always the same.
 
         Raises: as `write`.
         """
@@ -206,7 +206,7 @@ class WritableQcow2Image(Qcow2Image):
         if offset % self.cluster_size or (length % self.cluster_size and offset + length != self.size):
             return None
         with self._changing():
-            if not self._writer.is_empty(offset, length):
+            if not self.header.has_data_file and not self._writer.is_empty(offset, length):
                 return None
             self._record(offset, length)
             runs = self._writer.place(offset, length)

@@ -159,7 +159,8 @@ class _Copier:
         self.done = 0
         allocates = _SECTOR
         if isinstance(target, WritableQcow2Image):
-            allocates = target.cluster_size if job.compressed else target.state.geometry.subcluster_size
+            whole = job.compressed or job.offload
+            allocates = target.cluster_size if whole else target.state.geometry.subcluster_size
         self.block = max(allocates, 1 << max(job.sparse_size, _SECTOR).bit_length() - 1)
         if job.compressed:
             self.block = allocates

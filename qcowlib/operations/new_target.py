@@ -19,7 +19,7 @@ from qcowlib.image.create_target import same_file
 from qcowlib.image.creation import create_image
 from qcowlib.image.creation_options import CreationOptions
 from qcowlib.image.opening import open_image
-from qcowlib.image.policy import OpenPolicy
+from qcowlib.image.policy import DenyReferences, FileRequest, OpenPolicy
 from qcowlib.image.qcow2 import MappedLayer
 from qcowlib.image.raw import RawImage
 from qcowlib.image.reader import ReadableImage
@@ -96,7 +96,8 @@ def created(new: NewTarget) -> Iterator[WritableImage]:
         raise
     try:
         passphrase = new.passphrase or new.options.get("encrypt_passphrase")
-        with open_image(file.name, format=new.format, writable=True, policy=new.policy, passphrase=passphrase) as image:
+        policy = new.policy if data_path is None else _WithDataFile(new.policy or DenyReferences(), data_path)
+        with open_image(file.name, format=new.format, writable=True, policy=policy, passphrase=passphrase) as image:
             for host_file in local_files(image):
                 host_file.durable = new.durable
                 if host_file.name == file.name:
@@ -109,6 +110,24 @@ def created(new: NewTarget) -> Iterator[WritableImage]:
             with suppress(OSError):
                 os.unlink(data_path)
         raise
+
+
+class _WithDataFile:
+    """The caller's policy, and the data file that the caller has named.
+
+    Args:
+        policy: the caller's.
+        path: of the data file.
+    """
+
+    def __init__(self, policy: OpenPolicy, path: str) -> None:
+        self._policy = policy
+        self._path = path
+
+    def admit(self, request: FileRequest) -> None:
+        """Allow the data file; leave all else to the policy."""
+        if request.role != "data file" or not same_file(request.path, self._path):
+            self._policy.admit(request)
 
 
 @contextmanager
