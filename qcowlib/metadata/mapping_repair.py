@@ -51,7 +51,7 @@ from qcowlib.metadata.lost_tables import LostTables
 from qcowlib.metadata.mapping_census import SCAN_BYTES
 from qcowlib.metadata.mending import Mended, changed_spans, mend_bitmap_table, mend_l1, mend_l2
 from qcowlib.metadata.references import empty_words, read_tables, split_words
-from qcowlib.metadata.snapshot_rescue import RescuedSnapshots
+from qcowlib.metadata.snapshot_rescue import RescuedSnapshots, needed_l1_entries
 from qcowlib.metadata.state import Qcow2State
 from qcowlib.storage.helpers import read_exact, read_padded
 from qcowlib.storage.overlay import OverlayStorage
@@ -214,6 +214,12 @@ class MappingRepair:
             self.rescued.entries[layer.snapshot] = replace(entry, l1_table_offset=offset)
             self.rescued.rewrite = True
             self.actions.append(f"{layer.name}: L1 table copied away from the {other} at {layer.offset:#x}")
+            return True
+        needed = needed_l1_entries(entry, self.header)
+        if needed < entry.l1_size:
+            self.rescued.entries[layer.snapshot] = replace(entry, l1_size=needed)
+            self.rescued.rewrite = True
+            self.actions.append(f"{layer.name}: L1 table cut to the {needed} entries that it needs")
             return True
         if sound and other in ("L2 table", "guest data"):
             return False  # the entry that refers to this place is wrong

@@ -82,6 +82,15 @@ def rescue_snapshots(storage: ReadStorage, header: Header, file_end: int) -> Res
     return _Rescue(storage, header, file_end).run()
 
 
+def needed_l1_entries(entry: SnapshotEntry, header: Header) -> int:
+    """Entries of its L1 table that a snapshot cannot do without: for its disk, and the vm state behind it."""
+    geometry = header.geometry
+    disk = geometry.l1_entries_for(header.size if entry.disk_size is None else entry.disk_size)
+    if not entry.vm_state_size:
+        return disk
+    return geometry.l1_entries_for(disk * geometry.l2_coverage + entry.vm_state_size)
+
+
 class _Rescue:
     def __init__(self, storage: ReadStorage, header: Header, file_end: int) -> None:
         self.storage = storage
@@ -121,16 +130,15 @@ class _Rescue:
         return self.result
 
     def _keep(self, entry: SnapshotEntry, index: int, mended: bool) -> None:
-        result, size = self.result, self.header.cluster_size
+        result = self.result
         named = f"snapshot {entry.id} ({entry.name})"
-        l1_end = entry.l1_table_offset + 8 * entry.l1_size
-        wrong = None
-        if entry.l1_table_offset % size:
-            wrong = "snapshot-l1-unaligned", f"l1_offset={entry.l1_table_offset:#x}: L1 table is not cluster aligned"
-        elif entry.l1_size > k.MAX_L1_ENTRIES:
-            wrong = "snapshot-l1-too-large", f"l1_size={entry.l1_size:#x}: L1 table is too large"
-        elif entry.l1_size and (not entry.l1_table_offset or l1_end - self.file_end >= size):
-            wrong = "reference-beyond-end", f"l1_offset={entry.l1_table_offset:#x}: L1 table is outside image"
+        wrong = self._wrong_table(entry)
+        if wrong is not None:
+            fitting = replace(entry, l1_size=min(entry.l1_size, needed_l1_entries(entry, self.header)))
+            if self._wrong_table(fitting) is None:
+                text = f"Repairing {named} l1_size={entry.l1_size:#x}: L1 table is larger than the snapshot needs"
+                result.repairs.append(("snapshot-l1-too-large", text, 1))
+                entry, mended, wrong = fitting, True, None
         if self.header.version >= 3 and len(entry.extra_data) < _V3_EXTRA_DATA:
             text = f"Repairing snapshot table entry {index} is incomplete"
             result.repairs.append(("snapshot-entry-incomplete", text, 1))
@@ -145,6 +153,17 @@ class _Rescue:
         result.drop(code, f"Repairing {named} {what}; snapshot table entry corrupted", named)
         if entry.l1_size <= k.MAX_L1_ENTRIES:
             result.homeless.append((len(result.entries), entry))
+
+    def _wrong_table(self, entry: SnapshotEntry) -> tuple[str, str] | None:
+        """What is wrong with the place of an L1 table: code and text."""
+        size, end = self.header.cluster_size, entry.l1_table_offset + 8 * entry.l1_size
+        if entry.l1_table_offset % size:
+            return "snapshot-l1-unaligned", f"l1_offset={entry.l1_table_offset:#x}: L1 table is not cluster aligned"
+        if entry.l1_size > k.MAX_L1_ENTRIES:
+            return "snapshot-l1-too-large", f"l1_size={entry.l1_size:#x}: L1 table is too large"
+        if entry.l1_size and (not entry.l1_table_offset or end - self.file_end >= size):
+            return "reference-beyond-end", f"l1_offset={entry.l1_table_offset:#x}: L1 table is outside image"
+        return None
 
     # -- one entry
 
