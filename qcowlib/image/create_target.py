@@ -91,7 +91,10 @@ def fit_device(storage: Storage, end: int, preallocation: str) -> None:
     if preallocation not in ("off", "metadata"):
         raise OptionError(f"Preallocation mode '{preallocation}' unsupported for this non-regular file")
     if end > storage.size():
-        raise OptionError(f"Cannot grow device files ({end} bytes are needed, '{storage.name}' has {storage.size()})")
+        raise OptionError(
+            f"Cannot grow device files ({end} bytes are needed, '{storage.name}' has {storage.size()})",
+            stock="Cannot grow device files",
+        )
 
 
 def same_file(first: str, second: str) -> bool:
