@@ -106,20 +106,12 @@ def compare(
     sizes_differ = first.size != second.size
     if strict and sizes_differ:
         return Comparison(Outcome.SIZE)
-    images = (first, second)
-    longest = max(first.size, second.size)
-
-    def told(done: int) -> None:
-        if progress is not None:
-            progress(done, longest)
-
-    for pieces in _pieces(*(_Side(number, image) for number, image in enumerate(images))):
-        found = _judge(images, pieces, strict, told)
+    reader = _Reader(first, second, progress)
+    for pieces in _pieces(_Side(0, first), _Side(1, second)):
+        found = reader.judge(pieces, strict)
         if found is not None:
             outcome, offset = found
-            common = min(first.size, second.size)
-            return Comparison(outcome, offset, sizes_differ and offset >= common)
-        told(pieces.end)
+            return Comparison(outcome, offset, sizes_differ and offset >= min(first.size, second.size))
     return Comparison(Outcome.IDENTICAL, sizes_differ=sizes_differ)
 
 
@@ -297,25 +289,16 @@ def _next(rows: Iterator[_Rows], position: int, longest: int) -> _Rows:
     return _Rows(extents, _STATUS[extents.kind], np.full(1, -1, dtype=np.int64))
 
 
-def _judge(
-    images: tuple[ReadableImage, ReadableImage], pieces: _Pieces, strict: bool, told: Callable[[int], None]
-) -> tuple[Outcome, int] | None:
-    """The first difference among some pieces."""
-    first, second = pieces.first, pieces.second
-    unequal = np.flatnonzero(first.status != second.status)[: int(strict)].tolist()
-    limit = unequal[0] if unequal else len(first.extents)
-    for ranges in _to_read(first, second, limit):
-        offset = _first_difference(images, ranges, told)
-        if offset is not None:
-            return Outcome.CONTENT, offset
-    return (Outcome.STATUS, int(first.extents.start[limit])) if unequal else None
-
-
 class _Ranges(NamedTuple):
     """Neighbouring ranges that are read together: their edges in bytes, and which disk is known to be zero there."""
 
     edges: Int64Array
     known_zero: tuple[bool, bool]
+
+    @property
+    def unit(self) -> type[np.uint64 | np.uint8]:
+        """What can be compared at once: a raw file may end anywhere."""
+        return np.uint8 if np.bitwise_or.reduce(self.edges) % np.dtype(np.uint64).itemsize else np.uint64
 
 
 def _to_read(first: _Rows, second: _Rows, limit: int) -> Iterator[_Ranges]:
@@ -336,49 +319,86 @@ def _to_read(first: _Rows, second: _Rows, limit: int) -> Iterator[_Ranges]:
         yield _Ranges(np.append(starts[low:high], ends[high - 1]), (bool(one[low]), bool(other[low])))
 
 
-def _first_difference(
-    images: tuple[ReadableImage, ReadableImage], ranges: _Ranges, told: Callable[[int], None]
-) -> int | None:
-    """The first sector in which two disks differ."""
-    start, end = int(ranges.edges[0]), int(ranges.edges[-1])
-    for offset in range(start, end, _PIECE):
-        stop = min(offset + _PIECE, end)
-        try:
-            found = _differing_sector(images, ranges.known_zero, offset, stop)
-        except NotComparable:
-            found = _differing_before_error(images, ranges, offset, stop)
-        if found is not None:
-            return found
-        told(stop)
-    return None
+# -- what has to be read
 
 
-def _differing_before_error(
-    images: tuple[ReadableImage, ReadableImage], ranges: _Ranges, start: int, stop: int
-) -> int | None:
-    """Range by range, as QEMU reads: what comes before the range that cannot be read may differ."""
-    inside = ranges.edges[(ranges.edges > start) & (ranges.edges < stop)].tolist()
-    for low, high in pairwise([start, *inside, stop]):
-        found = _differing_sector(images, ranges.known_zero, low, high)
-        if found is not None:
-            return found
-    return None
+class _Reader:
+    """Reads both disks where their metadata does not tell whether they are equal.
 
+    Args:
+        first, second: the disks.
+        progress: called with (guest bytes done, guest bytes in all).
+    """
 
-def _differing_sector(
-    images: tuple[ReadableImage, ReadableImage], known_zero: tuple[bool, bool], start: int, stop: int
-) -> int | None:
-    """The first sector of one piece that differs."""
-    one = bytes(stop - start) if known_zero[0] else _read(0, images[0], start, stop - start)
-    other = bytes(stop - start) if known_zero[1] else _read(1, images[1], start, stop - start)
-    if one == other:
+    def __init__(
+        self, first: ReadableImage, second: ReadableImage, progress: Callable[[int, int], None] | None
+    ) -> None:
+        self._images = (first, second)
+        self._buffers = (bytearray(_PIECE), bytearray(_PIECE))  # used again: fresh memory costs more than the reading
+        self._progress = progress
+        self._longest = max(first.size, second.size)
+
+    def judge(self, pieces: _Pieces, strict: bool) -> tuple[Outcome, int] | None:
+        """The first difference among some pieces."""
+        first, second = pieces.first, pieces.second
+        unequal = np.flatnonzero(first.status != second.status)[: int(strict)].tolist()
+        limit = unequal[0] if unequal else len(first.extents)
+        for ranges in _to_read(first, second, limit):
+            offset = self._first_difference(ranges)
+            if offset is not None:
+                return Outcome.CONTENT, offset
+        if unequal:
+            return Outcome.STATUS, int(first.extents.start[limit])
+        self._tell(pieces.end)
         return None
-    differs = np.frombuffer(one, dtype=np.uint8) != np.frombuffer(other, dtype=np.uint8)
-    return start + int(np.argmax(differs)) // _SECTOR * _SECTOR
 
+    def _first_difference(self, ranges: _Ranges) -> int | None:
+        """The first sector in which the disks differ."""
+        start, end = int(ranges.edges[0]), int(ranges.edges[-1])
+        for offset in range(start, end, _PIECE):
+            stop = min(offset + _PIECE, end)
+            try:
+                found = self._differing_sector(ranges, offset, stop)
+            except NotComparable:
+                found = self._differing_before_error(ranges, offset, stop)
+            if found is not None:
+                return found
+            self._tell(stop)
+        return None
 
-def _read(number: int, image: ReadableImage, offset: int, length: int) -> bytes:
-    try:
-        return image.read(offset, length)
-    except QcowError as error:
-        raise NotComparable(number, image.name, offset, error) from error
+    def _differing_before_error(self, ranges: _Ranges, start: int, stop: int) -> int | None:
+        """Range by range, as QEMU reads: what comes before the range that cannot be read may differ."""
+        inside = ranges.edges[(ranges.edges > start) & (ranges.edges < stop)].tolist()
+        for low, high in pairwise([start, *inside, stop]):
+            found = self._differing_sector(ranges, low, high)
+            if found is not None:
+                return found
+        return None
+
+    def _differing_sector(self, ranges: _Ranges, start: int, stop: int) -> int | None:
+        """The first sector of one piece that differs; sectors count from where its range begins."""
+        contents = [
+            np.frombuffer(self._read(number, start, stop - start), dtype=ranges.unit)
+            for number in (0, 1)
+            if not ranges.known_zero[number]
+        ]
+        differs = contents[0] != contents[1] if len(contents) > 1 else contents[0] != 0
+        if not differs.any():
+            return None
+        place = start + int(np.argmax(differs)) * contents[0].itemsize
+        origin = int(ranges.edges[np.searchsorted(ranges.edges, place, side="right") - 1])
+        return origin + (place - origin) // _SECTOR * _SECTOR
+
+    def _read(self, number: int, offset: int, length: int) -> memoryview:
+        """Guest bytes, in a buffer that the next call uses again."""
+        image = self._images[number]
+        view = memoryview(self._buffers[number])[:length]
+        try:
+            image.readinto(offset, view)
+        except QcowError as error:
+            raise NotComparable(number, image.name, offset, error) from error
+        return view
+
+    def _tell(self, done: int) -> None:
+        if self._progress is not None:
+            self._progress(done, self._longest)
