@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from qcowlib.errors import BitmapError, ImageStateError, NoSuchBitmap, QcowError
+from qcowlib.errors import BitmapError, ImageStateError, NoSuchBitmap, QcowError, StorageError
 from qcowlib.format import constants as k
 from qcowlib.format.bitmap_directory import BitmapEntry, BitmapFlags
 from qcowlib.image.interface import BlockImage
@@ -242,6 +242,8 @@ def _damage(transaction: MetadataTransaction) -> QcowError | None:
     """Why nothing can be freed in an image, if so."""
     try:
         require_enough_refcounts(transaction.state)
+    except StorageError:
+        raise  # it may be whole
     except QcowError as error:
         return error
     return None
