@@ -138,3 +138,11 @@ def test_a_file_that_stays_for_an_internal_snapshot_is_merged_into() -> None:
     cheaper = {"files": files(top={"data": 5000}), "others": (other,)}
     assert merges(request(**cheaper))[0].into == "base"
     assert merges(request(**cheaper, options=DeleteOptions(into="overlay")))[0].into == "overlay"
+
+
+def test_two_of_one_name_in_a_backing_file_are_not_told_apart_by_qemu() -> None:
+    inside = DiskSnapshot("vda", DiskMode.INTERNAL, BASE, "qcow2", internal_name="i", internal_id="1")
+    active = domain(disk("vda", path=TOP, backing_chain=(BASE,), chain_nodes=("base",)))
+    for names, refused in ((["i"], False), (["i", "i"], True)):
+        one = request(snapshot=snapshot("i", disks=(inside,)), facts=active, files=files(base={"snapshots": names}))
+        assert any("holds 2 internal snapshots 'i'" in reason for reason in reasons(one)) is refused
