@@ -104,7 +104,10 @@ def test_header(tmp_path: Path, name: str, words: list[str]) -> None:
     (tmp_path / "image").write_bytes(data)
     with nothing_written(tmp_path):
         said = ours(tmp_path, *command_line(words))
-    if name in DAMAGED_MAPPING and words in TOP_LEVEL:
+    if name.startswith("snapshot table") and words == ["check"]:
+        assert said.code == 1
+        assert said.err.endswith("qemu-img: Check failed: File too large\n"), said  # with a hint before it, as stock
+    elif name in DAMAGED_MAPPING and words in TOP_LEVEL:
         assert "Traceback" not in said.err
         assert said.code == (2 if words == ["check"] else 0)
     else:
