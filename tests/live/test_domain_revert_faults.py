@@ -289,6 +289,30 @@ def test_the_death_of_qemu_at_each_step_of_a_revert(rig: MakeRig, tmp_path: Path
     assert injected == total
 
 
+def test_a_new_qemu_that_dies_before_the_old_one_is_ended(rig: MakeRig, tmp_path: Path) -> None:
+    """It has taken effect by then: the old one, whose memory fits the disks no more, must not run again."""
+    guest, domain, catalog, _total = prepared(rig, tmp_path, "anew")
+    wanted = snapshot_counters(catalog.load()[0])
+    plan = executor.revert(domain, catalog, "s", options(99, keep=False), dry_run=True)
+    assert isinstance(plan, list)
+    number = [step.action for step in plan].index("take-over")
+
+    def kill() -> None:
+        pid = int((Path(catalog.directory) / "start.pid").read_text())
+        os.kill(pid, signal.SIGKILL)
+        own = [str(path) for path in tmp_path.glob("q.*")]
+        poll(lambda: None if any(map(listening, own)) else True, deadline=60, what="its end")
+
+    with pytest.raises(RecoverNeeded, match="the new QEMU has ended; the domain is off"):
+        executor.revert(domain, catalog, "s", options(0, keep=False), progress=at_step(number, kill))
+    guest.process.wait(60)
+    assert executor.recover(guest.inactive(), catalog) == ["finished the revert of 's'"]
+    facts = guest.inactive().facts(executor.Journal(catalog.directory).layers()).disks
+    assert [disk_counter(one.disk.path, one.disk.format) for one in facts] == wanted
+    assert not [stored for one in facts for stored in one.snapshots if stored.name.startswith("ds-")]
+    assert catalog.current == "s"
+
+
 @contextlib.contextmanager
 def new_one(guest: Rig) -> Iterator[ActiveDomain | None]:
     """The QEMU that the engine has started, if it has; it ends with the block."""
