@@ -178,6 +178,8 @@ def test_swap() -> None:
     assert steps(one)[-1].arguments == {"running": True}
     some = request(snapshot(EXTERNAL, EXTERNAL), domain(), options=RevertOptions(disks=("vdb",)))
     assert len([step for step in steps(some) if step.action == "make-overlay"]) == 1
+    old = request(snapshot(EXTERNAL, EXTERNAL), domain(version=(6, 0, 0)))
+    assert reasons(old) == ["going back on a running domain needs QEMU 6.1 (blockdev-reopen)"]
 
 
 def test_disks_alone_that_a_running_qemu_cannot_go_back_to() -> None:
