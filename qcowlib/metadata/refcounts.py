@@ -341,6 +341,17 @@ class RefcountStructure:
         self.add(cluster, 1, 1)
         return True
 
+    def _place_behind(self, block_index: int, cluster: int) -> bool:
+        """Make a refcount block inside of the space that it counts, behind a run that reaches into it; QEMU's place.
+
+        False when the run reaches through all of that space, or the refcount table has no room.
+        """
+        if block_index >= len(self._table) or cluster >> self._bits != block_index:
+            return False
+        self._place_block(block_index, cluster)
+        self._count_once(cluster, 1)
+        return True
+
     def _place_block(self, block_index: int, cluster: int) -> None:
         offset = cluster << self._geometry.cluster_bits
         self._regions.guard(offset, self._geometry.cluster_size, None)
@@ -389,9 +400,12 @@ class RefcountStructure:
             block_index = position >> self._bits
             block = self._block(block_index)
             following = min(block_index + 1 << self._bits, position + _SEARCH_STEP)
-            if block is None and start < stop == block_index << self._bits and self._place_before(block_index, start):
-                start += 1
-                continue
+            if block is None and start < stop == block_index << self._bits:
+                if self._place_behind(block_index, start + minimum):
+                    continue
+                if self._place_before(block_index, start):
+                    start += 1
+                    continue
             if block is None:
                 if not self._open_frontier(block_index, minimum):
                     position = start = stop = block_index + 1 << self._bits
