@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from qcowlib.findings import CheckReport, Finding, Severity
     from qcowlib.image.creation import create_image, create_overlay
     from qcowlib.image.interface import BlockImage, WritableBlockImage
-    from qcowlib.image.opening import open_image
+    from qcowlib.image.opening import open_for_repair, open_image
     from qcowlib.image.policy import ConfinedTo, DenyReferences, LocalFiles, OpenPolicy
     from qcowlib.image.probe import probe_format
     from qcowlib.image.qcow2 import Qcow2Image
@@ -77,6 +77,8 @@ if TYPE_CHECKING:
     from qcowlib.operations.map import MapRow, map_image
     from qcowlib.operations.measure import Measurement, measure
     from qcowlib.operations.rebase import rebase
+    from qcowlib.operations.repair import RepairPlan, carry_out_repair, plan_repair
+    from qcowlib.operations.repair_undo import undo_repair
     from qcowlib.operations.resize import resize
     from qcowlib.operations.snapshots import apply_snapshot, attach_vmstate, create_snapshot, delete_snapshot
     from qcowlib.operations.space import ImageSpace, StateSpace, image_space
@@ -128,6 +130,7 @@ __all__ = [
     "RawImage",
     "ReadStorage",
     "ReferenceDenied",
+    "RepairPlan",
     "Severity",
     "SnapshotError",
     "StateDigest",
@@ -143,6 +146,7 @@ __all__ = [
     "apply_snapshot",
     "attach_vmstate",
     "bitmaps_size",
+    "carry_out_repair",
     "changed_extents",
     "changed_since_bitmap",
     "check",
@@ -170,15 +174,18 @@ __all__ = [
     "measure",
     "merge_bitmap",
     "merge_layer",
+    "open_for_repair",
     "open_image",
     "plan_export",
     "plan_import",
     "plan_merge",
+    "plan_repair",
     "probe_format",
     "rebase",
     "remove_all_bitmaps",
     "remove_bitmap",
     "resize",
+    "undo_repair",
 ]
 
 _MODULES = {
@@ -191,7 +198,7 @@ _MODULES = {
     "qcowlib.findings": ("CheckReport", "Finding", "Severity"),
     "qcowlib.image.creation": ("create_image", "create_overlay"),
     "qcowlib.image.interface": ("BlockImage", "WritableBlockImage"),
-    "qcowlib.image.opening": ("open_image",),
+    "qcowlib.image.opening": ("open_for_repair", "open_image"),
     "qcowlib.image.policy": ("ConfinedTo", "DenyReferences", "LocalFiles", "OpenPolicy"),
     "qcowlib.image.probe": ("probe_format",),
     "qcowlib.image.qcow2": ("Qcow2Image",),
@@ -216,6 +223,8 @@ _MODULES = {
     "qcowlib.operations.map": ("MapRow", "map_image"),
     "qcowlib.operations.measure": ("Measurement", "measure"),
     "qcowlib.operations.rebase": ("rebase",),
+    "qcowlib.operations.repair": ("RepairPlan", "carry_out_repair", "plan_repair"),
+    "qcowlib.operations.repair_undo": ("undo_repair",),
     "qcowlib.operations.resize": ("resize",),
     "qcowlib.operations.snapshots": ("apply_snapshot", "attach_vmstate", "create_snapshot", "delete_snapshot"),
     "qcowlib.operations.space": ("ImageSpace", "StateSpace", "image_space"),

@@ -36,10 +36,8 @@ from qcowlib.errors import QcowError
 from qcowlib.image.opening import open_for_repair
 from qcowlib.image.qcow2 import MappedLayer, Qcow2Image
 from qcowlib.operations.check import check
-from qcowlib.operations.repair import carry_out, plan_repair
-from qcowlib.operations.repair_undo import next_undo_path, read_undo_file, undo_repair
-from qcowlib.storage.local import open_local
-from qcowlib.storage.protocol import Storage
+from qcowlib.operations.repair import carry_out_repair, plan_repair
+from qcowlib.operations.repair_undo import next_undo_path, undo_repair
 from tools.fuzz import Case, random_case
 from tools.fuzz_images import Seed, seed_images
 
@@ -162,9 +160,7 @@ def repair_by_ours(path: Path, image: Damaged) -> Outcome:
         lost = lost_content(image.before, content(path), image.truth)
         trouble = "changed, and not healed" if repaired != damaged and is_damaged(path) else ""
         if undo is not None:
-            storage = open_local(str(path), writable=True, force_share=False)
-            undo_repair(read_undo_file(undo), storage)
-            storage.close()
+            undo_repair(str(path), undo)
             if path.read_bytes() != damaged:
                 trouble = "the undo does not bring every byte back"
             path.write_bytes(repaired)
@@ -183,10 +179,8 @@ def _repair(path: Path) -> str | None:
     """Plan and carry out; the undo file, if there is one."""
     with open_for_repair(path, "all", format="qcow2") as image:
         plan = plan_repair(image, "all")
-        storage = getattr(image, "state").storage  # noqa: B009 - a raw image has none
-        assert isinstance(storage, Storage)
         undo = next_undo_path(str(path)) if plan.keeps_bytes else None
-        carry_out(plan, storage, undo)
+        carry_out_repair(plan, image, undo)
     return undo
 
 

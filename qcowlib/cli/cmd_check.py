@@ -128,9 +128,8 @@ def _repair(arguments: Arguments, name: ImageName, mode: str) -> int:
     force_share = arguments.has("force-share")
     with open_image_name_for_repair(name, mode, dry_run=dry_run, force_share=force_share) as image:
         from qcowlib.image.qcow2 import Qcow2Image
-        from qcowlib.operations.repair import carry_out, plan_repair
+        from qcowlib.operations.repair import carry_out_repair, plan_repair
         from qcowlib.operations.repair_undo import next_undo_path
-        from qcowlib.storage.protocol import Storage
 
         if not isinstance(image, Qcow2Image):
             return _no_check()
@@ -147,10 +146,8 @@ def _repair(arguments: Arguments, name: ImageName, mode: str) -> int:
             return FAILED
         if dry_run:
             return _tell_plan(arguments, plan)
-        storage = image.state.storage
-        assert isinstance(storage, Storage)
         undo_path = next_undo_path(name.reference.path) if plan.keeps_bytes else None
-        after = carry_out(plan, storage, undo_path)
+        after = carry_out_repair(plan, image, undo_path)
     if undo_path is not None and (plan.lost or plan.actions):
         print(f"What was replaced is kept in '{undo_path}'; '--undo' takes the repair back.", file=sys.stderr)
     if not plan.repairs:
@@ -207,17 +204,11 @@ def _tell_plan(arguments: Arguments, plan: RepairPlan) -> int:
 
 def _undo(arguments: Arguments, name: ImageName, undo_path: str) -> int:
     """Take a repair back."""
-    from qcowlib.operations.repair_undo import read_undo_file, undo_repair
-    from qcowlib.storage.local import open_local
+    from qcowlib.operations.repair_undo import undo_repair
 
     if arguments.has("force-share"):
         raise CommandFailed(f"Could not open '{name.text}': force-share=on can only be used with read-only images")
-    undo = read_undo_file(undo_path)
-    storage = open_local(name.reference.path, writable=True, force_share=False)
-    try:
-        undo_repair(undo, storage)
-    finally:
-        storage.close()
+    undo_repair(name.reference.path, undo_path)
     if not arguments.has("quiet"):
         print("The repair was taken back.")
     return SOUND

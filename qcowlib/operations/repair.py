@@ -102,26 +102,28 @@ def plan_repair(image: BlockImage, mode: str) -> RepairPlan:
     """
     if mode not in ("leaks", "all"):
         raise OptionError(f"a repair mode is 'leaks' or 'all', not '{mode}'")
-    state = getattr(image, "state", None)
-    if not isinstance(state, Qcow2State):
-        raise UnsupportedFeature("image", None, "its format does not support checks")
-    return _Planning(state).leaks() if mode == "leaks" else _Planning(state).everything()
+    planning = _Planning(_state(image))
+    return planning.leaks() if mode == "leaks" else planning.everything()
 
 
-def carry_out(plan: RepairPlan, storage: Storage, undo_path: str | None) -> CheckReport:
+def carry_out_repair(plan: RepairPlan, image: BlockImage, undo_path: str | None) -> CheckReport:
     """Do what a plan says, and check again.
 
     Args:
-        plan: of the same image, which nobody has changed since.
-        storage: the qcow2 file, writable.
-        undo_path: where to keep what is replaced; it must not exist. None keeps nothing.
+        plan: of this image, which has been open since.
+        image: opened with `open_for_repair`.
+        undo_path: where to keep what is replaced (`qcow` takes IMAGE.repair-undo); it must not exist. None keeps
+            nothing. Repairs that replace only what can be computed again need none (`plan.keeps_bytes`).
 
     Returns: the findings of the second check.
 
     Raises:
+        OptionError: the image was opened for reading only.
         StorageError: a file could not be written. What was written so far does no harm: another repair finishes it.
     """
-    overlay = plan._overlay
+    storage, overlay = _state(image).storage, plan._overlay
+    if not isinstance(storage, Storage):
+        raise OptionError(f"'{image.name}' was not opened to be repaired")
     if overlay is None:
         return plan.report
     if plan.keeps_bytes and undo_path is not None:
@@ -132,6 +134,13 @@ def carry_out(plan: RepairPlan, storage: Storage, undo_path: str | None) -> Chec
         storage.pwrite(plan._bits, 0)
         storage.flush()
     return report
+
+
+def _state(image: BlockImage) -> Qcow2State:
+    state = getattr(image, "state", None)
+    if not isinstance(state, Qcow2State):
+        raise UnsupportedFeature("image", None, "its format does not support checks")
+    return state
 
 
 class _Planning:

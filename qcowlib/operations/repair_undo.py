@@ -35,6 +35,7 @@ from qcowlib.metadata.references import empty_words, read_tables
 from qcowlib.metadata.state import Qcow2State, load_state, table_offsets
 from qcowlib.metadata.stored_refcounts import StoredRefcounts
 from qcowlib.storage.helpers import read_padded
+from qcowlib.storage.local import open_local
 from qcowlib.storage.overlay import OverlayStorage
 from qcowlib.storage.protocol import ReadStorage, Storage
 
@@ -140,7 +141,27 @@ def read_undo_file(path: str) -> UndoFile:
         raise FormatError("undo file", None, f"'{path}' cannot be understood: {error}") from error
 
 
-def undo_repair(undo: UndoFile, storage: Storage) -> None:
+def undo_repair(path: str, undo_path: str) -> None:
+    """Take the repair of an image back; the image is opened with its locks, as for writing.
+
+    Args:
+        path: of the image.
+        undo_path: the undo file that the repair left.
+
+    Raises:
+        StorageError, ImageLocked: a file cannot be opened, read or written.
+        FormatError: the undo file cannot be used.
+        ImageStateError: the image is not the one that was repaired, or has been changed since; nothing was changed.
+    """
+    undo = read_undo_file(undo_path)
+    storage = open_local(path, writable=True, force_share=False)
+    try:
+        take_back(undo, storage)
+    finally:
+        storage.close()
+
+
+def take_back(undo: UndoFile, storage: Storage) -> None:
     """Make an image what it was before a repair, also one that was cut off.
 
     The writes are taken back in reverse order, with barriers; what breaks off in the middle can be done again.

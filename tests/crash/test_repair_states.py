@@ -16,8 +16,8 @@ from qcowlib.image.opening import open_for_repair
 from qcowlib.image.qcow2 import MappedLayer, Qcow2Image
 from qcowlib.metadata.state import load_state
 from qcowlib.operations.check import check_state
-from qcowlib.operations.repair import RepairPlan, carry_out, plan_repair
-from qcowlib.operations.repair_undo import read_undo_file, undo_repair
+from qcowlib.operations.repair import RepairPlan, carry_out_repair, plan_repair
+from qcowlib.operations.repair_undo import read_undo_file, take_back
 from qcowlib.storage.buffer import BytesStorage
 from qcowlib.storage.protocol import Storage
 from qcowlib.storage.recorder import Fault, FaultyStorage, RecordingStorage, crash_states
@@ -99,7 +99,7 @@ def repair(storage: Storage, undo: Path | None = None) -> RepairPlan:
     image = open_for_repair(storage, "all", format="qcow2")
     assert isinstance(image, Qcow2Image)
     plan = plan_repair(image, "all")
-    carry_out(plan, storage, None if undo is None else str(undo))
+    carry_out_repair(plan, image, None if undo is None else str(undo))
     return plan
 
 
@@ -151,7 +151,7 @@ def test_power_cut(name: str, seeds: dict[str, Seed], tmp_path: Path, record_pro
         assert_kept(before, again.getvalue(), f"{where}, repaired again")
         if undo is not None:
             back = BytesStorage(data)
-            undo_repair(undo, back)
+            take_back(undo, back)
             assert back.getvalue() == initial, where
             counts["taken back"] += 1
     counts["distinct"] = len(seen)

@@ -8,10 +8,8 @@ import pytest
 import qcowlib
 from qcowlib.image.opening import open_for_repair
 from qcowlib.image.qcow2 import Qcow2Image
-from qcowlib.operations.repair import RepairPlan, carry_out, plan_repair
-from qcowlib.operations.repair_undo import next_undo_path, read_undo_file, undo_repair
-from qcowlib.storage.local import open_local
-from qcowlib.storage.protocol import Storage
+from qcowlib.operations.repair import RepairPlan, carry_out_repair, plan_repair
+from qcowlib.operations.repair_undo import next_undo_path, undo_repair
 from tests.oracle import assert_clean, image_info, qemu_img, qemu_io, run
 from tools.repair_trial import main as trial
 
@@ -62,8 +60,7 @@ def repair(path: Path, mode: str = "all") -> RepairPlan:
     with open_for_repair(path, mode, format="qcow2") as image:
         assert isinstance(image, Qcow2Image)
         plan = plan_repair(image, mode)
-        assert isinstance(image.state.storage, Storage)
-        carry_out(plan, image.state.storage, next_undo_path(str(path)) if plan.keeps_bytes else None)
+        carry_out_repair(plan, image, next_undo_path(str(path)) if plan.keeps_bytes else None)
     return plan
 
 
@@ -111,9 +108,7 @@ def test_dropped_entry_and_undo(name: str, tmp_path: Path) -> None:
     wanted[:cluster] = bytes(cluster)
     assert read_all(path) == wanted
     repaired = path.read_bytes()
-    storage = open_local(str(path), writable=True, force_share=False)
-    undo_repair(read_undo_file(f"{path}.repair-undo"), storage)
-    storage.close()
+    undo_repair(str(path), f"{path}.repair-undo")
     assert path.read_bytes() == bytes(data)
     path.write_bytes(repaired)
     qemu_io(path, "write -P 9 0 1M")
