@@ -14,7 +14,7 @@ from tests.oracle import assert_clean, content, qemu_img, qemu_io
 
 REFCOUNT_BLOCK, L1, L2 = 0x20000, 0x30000, 0x40000
 
-#: Tests of QEMU's own suite (7.2) that expect a repair which ours does not do, each with the reason. Design, D25.
+#: Tests of QEMU's own suite (7.2) that expect a repair which ours does not do, each with the reason. Design, D37.
 SUITE_EXPECTS_OTHERWISE = {
     "060": "refcount blocks that lie nowhere are kept by growing the file, to 64 GiB; after an unaligned one the "
     "repair itself fails and must be run twice",
