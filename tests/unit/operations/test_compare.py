@@ -112,7 +112,7 @@ def test_sizes(tmp_path: Path, opened: ExitStack) -> None:
 def test_strict_tells_allocation_from_zeroes(tmp_path: Path, opened: ExitStack) -> None:
     for name in ("empty", "zero"):
         qcowlib.create_overlay(tmp_path / name, "x", backing_fmt="raw", size=SIZE, check_backing=False)
-    (tmp_path / "x").write_bytes(b"")
+    (tmp_path / "x").write_bytes(bytes(SIZE))
     for name in ("empty", "zero"):
         write(tmp_path / name, SIZE - 1, b"e")  # as in QEMU the last range differs from others
     with open_image(tmp_path / "zero", writable=True, policy=LocalFiles()) as zero:
