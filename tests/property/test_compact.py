@@ -51,7 +51,7 @@ def random_image(tmp_path: Path, seed: int) -> tuple[str, dict[str, Any]]:
         assert isinstance(image, qcowlib.WritableQcow2Image)
         random_program(image, chance)
         if "encrypt_format" not in options:
-            for guest in range(0, min(8 * image.cluster_size, 200 * KIB), image.cluster_size):
+            for guest in range(0, min(8 * image.cluster_size, image.size - image.cluster_size), image.cluster_size):
                 image.write_compressed(guest, bytes([guest // 512 % 251]) * image.cluster_size)
         qcowlib.create_snapshot(image, "last")
         image.write(100 * KIB, bytes(50 * KIB))

@@ -1,6 +1,7 @@
 """The difference of any two states against a comparison of their bytes: nothing that differs is left out, and with
 `exact` nothing else is told."""
 
+import contextlib
 import itertools
 import random
 from pathlib import Path
@@ -68,7 +69,10 @@ def random_program(image: qcowlib.WritableQcow2Image, chance: random.Random) -> 
             image.write_zeroes(offset, length)
         elif choice < 0.8:
             image.discard(offset, length)
-        elif choice < 0.9 and image.snapshots:
+        elif choice < 0.85:
+            with contextlib.suppress(qcowlib.OptionError):  # version 2 cannot, with snapshots
+                qcowlib.resize(image, chance.randrange(200, 700) * KIB, shrink=True)
+        elif choice < 0.93 and image.snapshots:
             qcowlib.apply_snapshot(image, chance.choice(image.snapshots).id)
         else:
             qcowlib.create_snapshot(image, f"s{number}-{chance.randrange(1 << 20)}")
