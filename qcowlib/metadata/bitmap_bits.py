@@ -164,6 +164,8 @@ class BitmapBits:
         for first, last in zip(firsts[wide].tolist(), lasts[wide].tolist(), strict=True):
             self.set(first, last)
         firsts, lasts, low = firsts[~wide], lasts[~wide], low[~wide]
+        if not len(low):
+            return
         owners, starts = np.unique(low, return_index=True)
         for index, start, stop in zip(owners.tolist(), starts.tolist(), [*starts[1:].tolist(), len(low)], strict=True):
             inside = slice(start, stop)
