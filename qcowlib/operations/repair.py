@@ -190,9 +190,11 @@ class _Planning:
 
     def everything(self) -> RepairPlan:
         """Repair all that can be repaired without guessing; all of it, or nothing."""
-        report = check_state(self._state(self.header))
+        state = self._state(self.header)
+        found = census(state)
+        report = check_census(state, found)
         try:
-            return self._plan(report)
+            return self._plan(report, found)
         except (NotRepairable, ImageStateError) as reason:
             return self._refused(report, str(reason))
 
@@ -202,13 +204,15 @@ class _Planning:
 
     # -- mode "all"
 
-    def _plan(self, report: CheckReport) -> RepairPlan:
+    def _plan(self, report: CheckReport, found: Census) -> RepairPlan:
+        """The plan; `found` and `report` are the first check, anew where tables are not where the header says."""
         plan = RepairPlan(report)
         rescued = self._find_tables()
         built = self.header.build()[:_SECTOR]
         header_damaged = built != self.base.pread(len(built), 0)
-        found = census(self._state(self.header), rescued)
-        report = check_census(self._state(self.header), found)
+        if found.stopped or rescued.repairs or self.found_again or header_damaged:
+            found = census(self._state(self.header), rescued)
+            report = check_census(self._state(self.header), found)
         mapping = MappingRepair(self.base, self.overlay, self.header, rescued)
         mended = [finding for finding in _told(report) if _is_mapping(finding)]
         damaged = bool(mended or found.mapping_damaged or found.stopped or rescued.repairs or header_damaged)
@@ -227,7 +231,9 @@ class _Planning:
         plan.corruptions_fixed = (
             int(header_damaged) + _count(mended) + _count(told) + sum(count for _, _, count in rescued.repairs)
         )
-        rebuild = self._tell_refcounts(plan, found, rescued)
+        if damaged or told:
+            report = check_census(self._state(self.header), found)
+        rebuild = self._tell_refcounts(plan, report, found, rescued)
         if damaged:
             mapping.move()
         plan.keeps_bytes |= mapping.header != self.header or header_damaged or self.overlay.has_staged
@@ -326,16 +332,14 @@ class _Planning:
             self.overlay.pwrite(bytes(8), self.header.refcount_table_offset + 8 * index)
         self.overlay.flush()
 
-    def _tell_refcounts(self, plan: RepairPlan, found: Census, rescued: RescuedSnapshots) -> bool:
+    def _tell_refcounts(self, plan: RepairPlan, report: CheckReport, found: Census, rescued: RescuedSnapshots) -> bool:
         """Lines and numbers of what is wrong with refcounts and flags; whether they must be made anew.
 
         As for QEMU, that is so where a cluster in use has the refcount zero, or the structure itself is damaged.
         """
         if found.stopped is not None:
             raise NotRepairable(found.findings[-1].text)
-        state = self._state(self.header)
-        before = check_census(state, found)
-        lines = _refcount_lines(before)
+        lines = _refcount_lines(report)
         zeroes, _ = self._too_low(found)
         shared = any({first, second} & {"refcount table", "refcount block"} for _, first, second in found.overlaps)
         rebuild = found.refcounts_damaged or shared or zeroes > 0
@@ -349,8 +353,8 @@ class _Planning:
             copied = self._copied(found)
         plan.lines += [_repairing(finding.text) for finding in copied]
         plan.corruptions_fixed += _count(copied)
-        plan.corruptions_fixed += sum(f.count for f in before.findings if f.code == "refcount-too-low")
-        plan.leaks_fixed += before.leaks
+        plan.corruptions_fixed += sum(f.count for f in report.findings if f.code == "refcount-too-low")
+        plan.leaks_fixed += report.leaks
         return rebuild
 
     def _repair_refcounts(self, header: Header, found: Census, *, rebuild: bool, sound: bool) -> Header:
