@@ -118,7 +118,8 @@ class _Rescue:
                 result.repairs.append(("snapshot-table-too-big", text, count - index))
                 result.lost.append(f"{count - index} snapshots behind the largest possible snapshot table")
                 break
-            result.length = min(end, max(self.file_end - self.header.snapshots_offset, 0))
+            # As for QEMU, a table may end behind the file by less than a cluster.
+            result.length = min(end, self.file_end - self.header.snapshots_offset + self.header.cluster_size - 1)
             self._keep(entry, index, mended)
             position = end + -end % 8
         return result
