@@ -119,6 +119,30 @@ def test_what_is_against_a_load(text: str, changes: dict[str, Any]) -> None:
     assert any(text in reason for reason in reasons(loadable(facts=changes)))
 
 
+def test_disks_in_other_places_do_not_fit_the_memory() -> None:
+    one = loadable()
+    placed = tuple(
+        replace(each, place=f"virtio-blk-pci addr={number}") for number, each in enumerate(one.snapshot.disks)
+    )
+    taken = replace(one.snapshot, disks=placed)
+    same = [replace(facts, place=each.place) for facts, each in zip(one.facts.disks, placed, strict=True)]
+    other = [replace(facts, place=each.place) for facts, each in zip(one.facts.disks, placed[::-1], strict=True)]
+    assert reasons(replace(one, snapshot=taken, facts=replace(one.facts, disks=tuple(same)))) == []
+    assert reasons(replace(one, snapshot=taken)) == []  # not known
+    swapped = reasons(replace(one, snapshot=taken, facts=replace(one.facts, disks=tuple(other))))
+    assert [reason.split(":")[0] for reason in swapped] == [
+        "disk vda is a virtio-blk-pci addr=1 now, and was a virtio-blk-pci addr=0",
+        "disk vdb is a virtio-blk-pci addr=0 now, and was a virtio-blk-pci addr=1",
+    ]
+
+
+def test_a_choice_of_disks_and_damaged_ones() -> None:
+    choice = RevertOptions(disks=("vda", "vdz"))
+    assert "the snapshot has no disk 'vdz'" in reasons(request(snapshot(EXTERNAL), domain(disk("vda")), options=choice))
+    damaged = domain(disk("vda", damaged="marked corrupt"), active=False)
+    assert "disk vda: marked corrupt" in reasons(request(snapshot(EXTERNAL), damaged))
+
+
 @pytest.mark.parametrize(
     "needed",
     [
