@@ -27,6 +27,8 @@ import numpy as np
 
 from qcowlib.errors import ImageStateError, OptionError, UnsupportedFeature
 from qcowlib.findings import CheckReport, Finding, Severity
+from qcowlib.format.constants import MAX_INT64
+from qcowlib.format.entries import Int64Array
 from qcowlib.format.features import KNOWN_AUTOCLEAR, Incompatible
 from qcowlib.format.header import Header
 from qcowlib.format.snapshot_table import SnapshotEntry
@@ -222,12 +224,13 @@ class _Planning:
             mapping.drop()
             found = census(self._state(mapping.header), rescued)
         plan.keeps_bytes = bool(self.overlay.epochs[0])
-        if {finding.code for finding in told} == {"refcount-block-beyond-end"}:
+        if self._is_outside_counted(found, told):
             self._drop_refcount_blocks(found)
             found = census(self._state(mapping.header), rescued)
         plan.lines = ["Repairing header: it names tables that cannot be used"] if header_damaged else []
         plan.lines += [text for _, text, _ in rescued.repairs] + [_repairing(finding.text) for finding in mended]
         plan.lines += [_repairing(f.text) if f.code == "refcount-block-beyond-end" else f.text for f in told]
+        plan.lines += ["ERROR could not resize image: Invalid argument"] * _impossible(found)
         plan.corruptions_fixed = (
             int(header_damaged) + _count(mended) + _count(told) + sum(count for _, _, count in rescued.repairs)
         )
@@ -324,10 +327,19 @@ class _Planning:
         ends += [int(tables.max()) + self.header.cluster_size] if len(tables) else []
         return max(ends) > self.base.size()
 
+    def _is_outside_counted(self, found: Census, told: list[Finding]) -> bool:
+        """Whether the refcount table is wrong only in naming blocks beyond the end of the file that are counted there.
+
+        Nothing is lost when such an entry is cleared. Uncounted ones tell that the structure is not what it was.
+        """
+        if {finding.code for finding in told} != {"refcount-block-beyond-end"} or _impossible(found):
+            return False
+        clusters = _outside_blocks(found)
+        return bool((found.stored.at(clusters) != 0).all())
+
     def _drop_refcount_blocks(self, found: Census) -> None:
         """Clear the refcount table's entries for blocks beyond the end of the file: they count nothing."""
-        outside = found.stored.block_offsets >> self.header.cluster_bits >= found.clusters
-        outside |= found.stored.block_offsets < 0
+        outside = np.isin(found.stored.block_offsets >> self.header.cluster_bits, _outside_blocks(found))
         for index in np.flatnonzero(outside).tolist():
             self.overlay.pwrite(bytes(8), self.header.refcount_table_offset + 8 * index)
         self.overlay.flush()
@@ -343,6 +355,10 @@ class _Planning:
         zeroes, _ = self._too_low(found)
         shared = any({first, second} & {"refcount table", "refcount block"} for _, first, second in found.overlaps)
         rebuild = found.refcounts_damaged or shared or zeroes > 0
+        uncounted = _outside_blocks(found)
+        uncounted = uncounted[found.stored.at(uncounted) == 0]
+        lines += [f"ERROR cluster {cluster} refcount=0 reference=1" for cluster in uncounted.tolist()]
+        plan.corruptions_fixed += len(uncounted)
         plan.lines += lines
         if rebuild:
             plan.lines += ["Rebuilding refcount structure", *self._released_lines(found)]
@@ -401,7 +417,7 @@ class _Planning:
             f"Repairing cluster {cluster} refcount={count} reference={count - times}"
             for cluster, count, times in zip(clusters.tolist(), counted.tolist(), own.tolist(), strict=True)
             if count >= times
-        ]
+        ] + [f"Repairing cluster {cluster} refcount=1 reference=0" for cluster in _outside_blocks(found).tolist()]
 
     # -- what both modes share
 
@@ -473,6 +489,22 @@ def _repairing(text: str, *, leaks_only: bool = False) -> str:
 
 def _count(findings: list[Finding]) -> int:
     return sum(finding.count for finding in findings if finding.severity is Severity.CORRUPTION)
+
+
+def _outside_blocks(found: Census) -> Int64Array:
+    """Clusters beyond the end of the file where refcount blocks should be."""
+    stored = found.stored
+    bits, size = stored.geometry.cluster_bits, stored.geometry.cluster_size
+    possible = (stored.block_offsets > 0) & (stored.block_offsets <= MAX_INT64 - size)
+    clusters = stored.block_offsets[possible & ~stored.unreadable & ~stored.reserved] >> bits
+    outside: Int64Array = np.unique(clusters[clusters >= found.clusters])
+    return outside
+
+
+def _impossible(found: Census) -> int:
+    """Refcount blocks that no file reaches to."""
+    offsets, size = found.stored.block_offsets, found.stored.geometry.cluster_size
+    return int(((offsets < 0) | (offsets > MAX_INT64 - size)).sum())
 
 
 def _first_damage(found: Census) -> str:
