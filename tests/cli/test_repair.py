@@ -14,12 +14,6 @@ from tests.oracle import assert_clean, content, qemu_img, qemu_io
 
 REFCOUNT_BLOCK, L1, L2 = 0x20000, 0x30000, 0x40000
 
-#: Tests of QEMU's own suite (7.2) that expect a repair which ours does not do, each with the reason. Design, D37.
-SUITE_EXPECTS_OTHERWISE = {
-    "060": "after an unaligned refcount block the first repair fails, and a second one finishes it",
-    "271": "an L2 entry that names no cluster is left, and clusters are given back all the same",
-}
-
 
 def put(path: Path, offset: int, layout: str, *values: int) -> None:
     with path.open("r+b") as file:
