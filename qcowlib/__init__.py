@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from qcowlib.image.qcow2 import Qcow2Image
     from qcowlib.image.raw import RawImage, WritableRawImage
     from qcowlib.image.writable import WritableQcow2Image
+    from qcowlib.operations.amend import KeySlotChange, amend
     from qcowlib.operations.bitmaps import (
         DirtyRanges,
         add_bitmap,
@@ -113,6 +114,7 @@ __all__ = [
     "ImageLocked",
     "ImageSpace",
     "ImageStateError",
+    "KeySlotChange",
     "LocalFiles",
     "MapRow",
     "Measurement",
@@ -143,6 +145,7 @@ __all__ = [
     "WritableRawImage",
     "add_bitmap",
     "allocated_bytes",
+    "amend",
     "apply_snapshot",
     "attach_vmstate",
     "bitmaps_size",
@@ -204,6 +207,7 @@ _MODULES = {
     "qcowlib.image.qcow2": ("Qcow2Image",),
     "qcowlib.image.raw": ("RawImage", "WritableRawImage"),
     "qcowlib.image.writable": ("WritableQcow2Image",),
+    "qcowlib.operations.amend": ("KeySlotChange", "amend"),
     "qcowlib.operations.bitmaps": (
         "DirtyRanges", "add_bitmap", "bitmaps_size", "clear_bitmap", "copy_bitmaps", "dirty_extents", "disable_bitmap",
         "enable_bitmap", "merge_bitmap", "remove_all_bitmaps", "remove_bitmap",

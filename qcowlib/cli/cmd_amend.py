@@ -130,6 +130,7 @@ def _change(
     force: bool,
     progress: Progress,
 ) -> None:
+    from qcowlib.format.constants import CRYPT_LUKS
     from qcowlib.operations.amend import amend
 
     def on(option: str) -> bool | None:
@@ -148,20 +149,24 @@ def _change(
         data_file_raw=on("data_file_raw"),
         lazy_refcounts=on("lazy_refcounts"),
         refcount_bits=number("refcount_bits"),
-        key_slots=_key_slots(values, secrets, passphrase),
+        key_slots=_key_slots(values, secrets, passphrase, encrypted=image.header.crypt_method == CRYPT_LUKS),
         force=force,
         progress=progress,
     )
 
 
-def _key_slots(values: dict[str, str], secrets: dict[str, bytes], passphrase: bytes | None) -> KeySlotChange | None:
+def _key_slots(
+    values: dict[str, str], secrets: dict[str, bytes], passphrase: bytes | None, *, encrypted: bool
+) -> KeySlotChange | None:
     from qcowlib.operations.amend import KeySlotChange
 
     if not any(name.startswith("encrypt.") for name in values):
         return None
+    if not encrypted:
+        return KeySlotChange(active=True)  # to be refused, whatever it says
     state = values.get("encrypt.state")
     if state is None:
-        raise CommandFailed("Parameter 'encrypt.state' is missing")
+        raise CommandFailed("Parameter 'state' is missing")
     if state not in ("active", "inactive"):
         raise CommandFailed(f"Parameter 'state' does not accept value '{state}'")
 

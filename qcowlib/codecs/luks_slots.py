@@ -77,7 +77,7 @@ def add_passphrase(
         slot = _free_slot(keys)
         if slot is None:
             raise OptionError("Can't add a keyslot - all keyslots are in use")
-    _require_number(slot)
+    _require_number(slot, shown=slot % (1 << 32))
     in_use = keys.header.slots[slot].active
     if in_use and not force:
         raise OptionError(f"Refusing to overwrite active keyslot {slot} - please erase it first")
@@ -115,7 +115,7 @@ def erase_passphrases(
     """
     keys = _load(file)
     if slot is not None:
-        _require_number(slot)
+        _require_number(slot, shown=slot)
         if passphrase is not None and keys.key_in(slot, passphrase) is None:
             raise EncryptionError(f"Given keyslot {slot} doesn't contain the given old password for erase operation")
         if not force and not keys.header.slots[slot].active:
@@ -148,9 +148,9 @@ def _load(file: SlotFile) -> KeySlots:
     return read_key_slots(file.read, length=file.length)
 
 
-def _require_number(slot: int) -> None:
+def _require_number(slot: int, *, shown: int) -> None:
     if not 0 <= slot < SLOT_COUNT:
-        raise OptionError(f"Invalid keyslot {slot} specified, must be between 0 and {SLOT_COUNT - 1}")
+        raise OptionError(f"Invalid keyslot {shown} specified, must be between 0 and {SLOT_COUNT - 1}")
 
 
 def _free_slot(keys: KeySlots) -> int | None:
