@@ -39,8 +39,8 @@ NEW = [
         for options in (
             "foo=bar", "cluster_size=3", "extended_l2=on,cluster_size=512", "compat=0.42", "preallocation=foo",
             "compat=0.10,refcount_bits=8", "encrypt.format=luks", "encrypt.format=luks,encrypt.cipher-alg=foo",
-            "refcount_bits=0", "encrypt.format=foo", "encrypt.format=aes", "refcount_bits=128", "nocow=on,extent_size_hint=1M",
-            "encrypt.format=luks,encrypt.key-secret=foo", "encryption=on",
+            "refcount_bits=0", "encrypt.format=foo", "encrypt.format=aes", "refcount_bits=128",
+            "nocow=on,extent_size_hint=1M", "encrypt.format=luks,encrypt.key-secret=foo", "encryption=on",
         )
     ),
     *(["-O", "qcow2", "--size", size] for size in ("0", "1", "512", "2G", "64G", "256G", "1T", "2P", "7E")),
