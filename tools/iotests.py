@@ -33,8 +33,8 @@ PACKAGES = {
 #: Tests that fail, and why that is right, or what is missing.
 KNOWN_FAILURES = {
     # Repairs that the design (D37) rules out: issue 4, section 2, goes before the suite there.
-    "060": "after an unaligned refcount block qemu-img's first repair fails and leaves leaks to a second; ours is whole",
-    "271": "qemu-img gives clusters back beside an L2 entry that is damaged, and leaves that; ours drops it, and says so",
+    "060": "after an unaligned refcount block qemu-img's first repair fails and leaves leaks; ours is whole",
+    "271": "qemu-img gives clusters back beside a damaged L2 entry, and leaves that; ours drops it, and says so",
 }
 
 
