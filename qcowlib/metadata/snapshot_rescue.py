@@ -184,7 +184,7 @@ class _Rescue:
         kept_extra = min(extra_size, k.MAX_SNAPSHOT_EXTRA_DATA)
         following = end + -end % 8
         fits = self.header.snapshots_offset + end - self.file_end < self.header.cluster_size
-        fits &= is_last or self._is_entry(following)
+        fits &= not self._is_overlong(strings, id_size, name_size) if is_last else self._is_entry(following)
         if mended and not _is_text(self._read(strings, id_size + name_size)):
             for likely in _LIKELY_EXTRA_DATA:
                 start = position + _FIXED + likely
@@ -198,6 +198,11 @@ class _Rescue:
             text_bytes = self._read(strings, id_size + name_size)
             return self._built(position, kept_extra, text_bytes[:id_size], text_bytes[id_size:]), end, mended
         return self._resynchronised(position, index, kept_extra, id_size, is_last=is_last)
+
+    def _is_overlong(self, start: int, id_size: int, name_size: int) -> bool:
+        """Whether an id or a name is longer than any, and ends before its length says."""
+        parts = self._read(start, id_size), self._read(start + id_size, name_size)
+        return any(len(part) > _MAX_NAME and part[0] and b"\0" in part for part in parts)
 
     def _resynchronised(
         self, position: int, index: int, extra_size: int, id_size: int, *, is_last: bool
