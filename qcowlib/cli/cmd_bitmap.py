@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 from qcowlib.cli.common import FORMAT, IMAGE_OPTS, OBJECT, CommandFailed, size_argument, stock_text
-from qcowlib.cli.opening import ImageName, image_name, open_image_name, open_image_name_for_writing
+from qcowlib.cli.opening import ImageName, image_name, open_image_name, open_image_name_for_writing, with_known_format
 from qcowlib.cli.options import Arguments, Option, Syntax
 from qcowlib.errors import QcowError
 
@@ -55,7 +55,7 @@ def run(arguments: Arguments) -> int:
         if wrong:
             raise CommandFailed(message)
     filename, bitmap = _operands(arguments, needs_name=any(name != "remove-all" for name, _ in actions))
-    target = image_name(arguments, filename)
+    target = with_known_format(image_name(arguments, filename))
     with (
         open_image_name_for_writing(target, open_backing=False) as image,
         _source_image(source, arguments.last("source-format")) as other,

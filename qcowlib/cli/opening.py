@@ -164,7 +164,7 @@ def open_image_name_for_writing(name: ImageName, *, open_backing: bool) -> Writa
 
     passphrase = name.passphrase if open_backing else None
     try:
-        return open_image(
+        image = open_image(
             name.reference,
             writable=True,
             policy=LocalFiles(),
@@ -173,6 +173,8 @@ def open_image_name_for_writing(name: ImageName, *, open_backing: bool) -> Writa
         )
     except QcowError as error:
         raise not_opened(name, error) from error
+    _warn_of_stale_bitmaps(image)
+    return image
 
 
 def with_known_format(name: ImageName) -> ImageName:

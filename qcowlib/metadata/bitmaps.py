@@ -24,10 +24,12 @@ from qcowlib.format.bitmap_directory import (
     build_bitmap_directory,
     check_bitmap_entry,
 )
+from qcowlib.format.constants import EXTENSION_BITMAPS
 from qcowlib.format.entries import Entries, offsets
 from qcowlib.format.extensions import BitmapsExtension
 from qcowlib.format.features import KNOWN_AUTOCLEAR
 from qcowlib.metadata.bitmap_bits import BitmapBits, read_bitmap_table
+from qcowlib.metadata.bitmap_pointer import swing_bitmap_pointer
 from qcowlib.metadata.heal import require_enough_refcounts
 from qcowlib.metadata.refcounts import cluster_runs
 from qcowlib.metadata.state import Qcow2State
@@ -146,6 +148,14 @@ class BitmapRecorder:
         return put_bits(self._transaction, replace(entry, flags=entry.flags & ~BitmapFlags.IN_USE), bits)
 
 
+def drop_stale_pointer(transaction: MetadataTransaction) -> None:
+    """Forget bitmaps that a program without support for them has made stale; as QEMU does when it opens for writing."""
+    state = transaction.state
+    stale = state.header.bitmaps_extension is None and state.header.extension_place(EXTENSION_BITMAPS) is not None
+    if stale and state.header.version >= 3:
+        state.header = swing_bitmap_pointer(transaction.storage, state.header, None)
+
+
 def start_recording(transaction: MetadataTransaction) -> BitmapRecorder:
     """Before the first guest write: mark the bitmaps that record writes, and hold them in memory.
 
@@ -154,6 +164,7 @@ def start_recording(transaction: MetadataTransaction) -> BitmapRecorder:
     state = transaction.state
     if state.header.autoclear_features & ~KNOWN_AUTOCLEAR:
         transaction.mark_dirty()  # a structure that is not known here is out of date from now on: clears its bit
+    drop_stale_pointer(transaction)
     chosen = [entry for entry in sound_bitmaps(state) if is_recording(entry)]
     if chosen:
         transaction.commit()

@@ -23,6 +23,7 @@ from qcowlib.image.writable import WritableQcow2Image
 from qcowlib.metadata.bitmap_bits import BitmapBits, bits_for
 from qcowlib.metadata.bitmap_pointer import require_pointer_room
 from qcowlib.metadata.bitmaps import (
+    drop_stale_pointer,
     is_inconsistent,
     load_bits,
     put_bits,
@@ -228,6 +229,7 @@ def change_bitmaps(image: BlockImage) -> Iterator[BitmapChanges]:
     if not isinstance(image, WritableQcow2Image):
         raise ImageStateError(f"'{image.name}' is not open for writing")
     with image.exclusive() as transaction:
+        drop_stale_pointer(transaction)
         changes = BitmapChanges(image, transaction)
         try:
             yield changes

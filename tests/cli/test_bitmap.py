@@ -80,6 +80,7 @@ def images(pair: Pair) -> Pair:
         "-b nothere.qcow2 -F qcow2 --merge x a.qcow2 x",
         "-b a.qcow2 -F qcow2 --merge x a.qcow2 x",
         "--add -f raw r.raw x",
+        "--add r.raw x",
         "--clear -f raw r.raw x",
         "--remove -f raw r.raw x",
         "--add v2.qcow2 x",
@@ -93,6 +94,18 @@ def test_same_words_and_bitmaps(images: Pair, arguments: str) -> None:
     for name in ("a", "b", "c"):
         images.same("info", f"{name}.qcow2", mask=r"disk size: .*|Image end.*")
     assert_clean(images.ours / "a.qcow2")
+
+
+def test_bitmaps_that_another_program_has_left_behind(images: Pair) -> None:
+    """The autoclear bit is off: the first open for writing says so and forgets them."""
+    for directory in (images.theirs, images.ours):
+        with (directory / "b.qcow2").open("r+b") as file:
+            file.seek(88)
+            file.write(bytes(8))
+    images.same("info", "b.qcow2", mask=r"disk size: .*")
+    images.same("bitmap", "--clear", "b.qcow2", "x")
+    images.same("bitmap", "--add", "b.qcow2", "new")
+    images.same("info", "b.qcow2", mask=r"disk size: .*")
 
 
 def test_empty_name(images: Pair) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Iterable
@@ -19,6 +20,8 @@ from tests.oracle import assert_clean, image_info, qemu_img, qemu_io, run
 MIB = 1 << 20
 SIZE = 40 * MIB + 512
 GRANULARITIES = {"fine": 512, "usual": 65536, "coarse": 4 * MIB}
+
+_SOCKETS = itertools.count()
 
 GEOMETRIES = [
     "cluster_size=64k",
@@ -54,7 +57,7 @@ def ours(path: Path, name: str) -> list[tuple[int, int]]:
 
 def stock(path: Path, name: str) -> list[tuple[int, int]]:
     """The same by the stock NBD server and qemu-img map."""
-    socket = path.parent / "nbd"
+    socket = path.parent / f"nbd{next(_SOCKETS)}"  # a server that ends removes its socket when the next one stands
     run("qemu-nbd", "-r", "-f", "qcow2", "-B", name, "-k", socket, "--fork", path)
     options = f"driver=nbd,server.type=unix,server.path={socket},x-dirty-bitmap=qemu:dirty-bitmap:{name}"
     rows: list[dict[str, Any]] = json.loads(qemu_img("map", "--output=json", "--image-opts", options).stdout)
