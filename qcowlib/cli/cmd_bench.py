@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from qcowlib.cli.common import (
+    CACHE_MODES,
     FORCE_SHARE,
     IMAGE_OPTS,
     OBJECT,
     QUIET,
     SHORT_FORMAT,
     CommandFailed,
-    cache_mode,
     one_filename,
     size_argument,
     stock_errno,
@@ -60,7 +60,8 @@ def run(arguments: Arguments) -> int:
     offset = size_argument(arguments.last("offset") or "0", "offset")
     size = size_argument(arguments.last("size") or "4096", "buffer size", maximum=INT32_MAX)
     step = size_argument(arguments.last("step") or "0", "step_size", maximum=INT32_MAX) or size
-    cache_mode(arguments.last("cache"), "writeback", "Invalid cache mode")
+    if arguments.last("cache") not in (None, *CACHE_MODES):
+        raise CommandFailed("Invalid cache mode")
     writes = arguments.has("write")
     pattern = _number(arguments, "pattern", 0, "Invalid pattern byte specified", maximum=255)
     interval = _number(arguments, "flush-interval", 0, "Invalid flush interval specified")

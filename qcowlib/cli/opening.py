@@ -43,12 +43,14 @@ class ImageName(NamedTuple):
         """The passphrase; None when no secret is named.
 
         Raises:
-            CommandFailed: the secret that is named does not exist.
+            CommandFailed: a secret that is named, for this layer or one below it, does not exist.
         """
-        reference = self.reference
-        if reference.key_secret is not None and reference.passphrase is None:
-            raise CommandFailed(f"Could not open '{self.text}': No secret with id '{reference.key_secret}'")
-        return reference.passphrase
+        layer: Reference | None = self.reference
+        while layer is not None:
+            if layer.key_secret is not None and layer.passphrase is None:
+                raise CommandFailed(f"Could not open '{self.text}': No secret with id '{layer.key_secret}'")
+            layer = layer.backing.reference if layer.backing is not None else None
+        return self.reference.passphrase
 
     @staticmethod
     def of_file(text: str, image_format: str | None = None) -> ImageName:

@@ -35,9 +35,7 @@ def parse_json_name(name: str) -> dict[str, Any]:
     """
     text = name.removeprefix(PREFIX)
     try:
-        options = json.loads(
-            "".join(_standard(token, name) for token in _TOKEN.findall(text)), object_pairs_hook=_unique
-        )
+        options = json.loads("".join(map(_standard, _TOKEN.findall(text))), object_pairs_hook=_unique)
     except _DuplicateKeyError:
         raise _unparsed(name, "JSON parse error, duplicate key") from None
     except (ValueError, RecursionError) as error:
@@ -48,13 +46,9 @@ def parse_json_name(name: str) -> dict[str, Any]:
     return options
 
 
-def _standard(token: str, name: str) -> str:
+def _standard(token: str) -> str:
     """A token as standard JSON has it."""
-    if token[0] == "'" and len(token) > 1:
-        return f'"{_QUOTES.sub(_requoted, token[1:-1])}"'
-    if token[0].isalpha() and token not in _KEYWORDS:
-        raise _unparsed(name, f"JSON parse error, invalid keyword '{token}'")
-    return token
+    return f'"{_QUOTES.sub(_requoted, token[1:-1])}"' if token[0] == "'" and len(token) > 1 else token
 
 
 def _requoted(match: re.Match[str]) -> str:
@@ -77,6 +71,9 @@ def _stock_reason(text: str, error: Exception) -> str:
             return "Expecting at most one JSON value"
         if not error.doc[error.pos :].strip():
             return "JSON parse error, premature EOI"
+        for token in _TOKEN.findall(text):
+            if "a" <= token[0] <= "z" and token not in _KEYWORDS:
+                return f"JSON parse error, invalid keyword '{token}'"
     return "JSON parse error, expecting value"
 
 
