@@ -362,7 +362,7 @@ def nonzero_blocks(data: memoryview, block: int) -> BoolArray:
     # Any byte but 0 is true, and numpy stops looking at a block of truths at the first one.
     truths = np.frombuffer(data, dtype=np.bool_)
     whole = len(data) // block
-    used = truths[: whole * block].reshape(whole, block).any(axis=1)
+    used: BoolArray = np.asarray(truths[: whole * block].reshape(whole, block).any(axis=1), dtype=np.bool_)
     return np.append(used, truths[whole * block :].any()) if len(data) % block else used
 
 

@@ -87,7 +87,8 @@ def same_content(one: Located, other: Located) -> npt.NDArray[np.bool_]:
     """Which rows, cut at the same edges, are known to hold the same bytes."""
     same = (one.rows.kind == other.rows.kind) & (one.rows.kind != DAMAGED)
     same &= (one.place == other.place) & (one.rows.host_offset == other.rows.host_offset)
-    return same | (one.zero & other.zero)
+    same |= one.zero & other.zero
+    return same
 
 
 def located(image: ReadableImage, places: Places, first: int, last: int) -> Iterator[Located]:
