@@ -262,7 +262,8 @@ class RefcountStructure:
             assert block is not None
             used = np.flatnonzero(block)
             if len(used):
-                return (block_index << self._bits) + int(used[-1]) + 1
+                last: int = used.item(-1)
+                return (int(block_index) << self._bits) + last + 1
         return 0
 
     def _pieces(self, first: int, count: int) -> list[tuple[int, slice, slice]]:
