@@ -85,7 +85,7 @@ def join(parts: list[Located]) -> Located:
 
 def same_content(one: Located, other: Located) -> npt.NDArray[np.bool_]:
     """Which rows, cut at the same edges, are known to hold the same bytes."""
-    same = (one.rows.kind == other.rows.kind) & (one.rows.kind != DAMAGED)
+    same: npt.NDArray[np.bool_] = (one.rows.kind == other.rows.kind) & (one.rows.kind != DAMAGED)
     same &= (one.place == other.place) & (one.rows.host_offset == other.rows.host_offset)
     same |= one.zero & other.zero
     return same
