@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from qcowlib import (
     CorruptMetadata,
@@ -22,7 +20,6 @@ from qcowlib import (
     open_image,
 )
 from qcowlib.operations.copy_source import Loss
-from qcowlib.operations.copying import nonzero_blocks
 from qcowlib.operations.dd import dd, dd_range
 from qcowlib.operations.unfinished import UnfinishedFile
 from qcowlib.storage.local import LocalFile
@@ -494,12 +491,3 @@ def test_a_device_shows_old_bytes(source: Path, tmp_path: Path, monkeypatch: pyt
             assert device.read_bytes()[SIZE:] == b"\xee" * SIZE
         else:
             oracle.qemu_img("compare", "-f", "qcow2", "-F", "qcow2", source, device)
-
-
-@given(
-    st.lists(st.sampled_from([0, 0, 0, 1, 2, 255]), min_size=0, max_size=300),
-    st.sampled_from([1, 2, 8, 64]),
-)
-def test_blocks_that_are_not_zero(data: list[int], block: int) -> None:
-    expected = [any(data[at : at + block]) for at in range(0, len(data), block)]
-    assert nonzero_blocks(memoryview(bytes(data)), block).tolist() == expected
