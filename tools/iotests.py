@@ -55,6 +55,14 @@ def main() -> int:
         qcow = arguments.qcow or check.prepare_environment().parent / "qcow"
         tests = arguments.list or folder / "visible.txt"
         results = run_suite([folder / "run", qcow, tests], runner_options, arguments.deadline)
+        # Once more: QEMU's own timing is not always in time on a busy machine.
+        again = [name for name, status in results.items() if status == "FAIL" and name not in KNOWN_FAILURES]
+        if again:
+            with tempfile.NamedTemporaryFile("w", suffix=".txt") as names:
+                names.write("\n".join(again))
+                names.flush()
+                command = [folder / "run", qcow, Path(names.name)]
+                results |= run_suite(command, runner_options, arguments.deadline)
     except check.Failed as error:
         print(f"iotests failed: {error}")
         return 1
@@ -82,11 +90,9 @@ def run_suite(command: list[Path], options: list[str], deadline: float | None) -
     """
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     environment = {"QEMU_SRC": str(cache / "qcowlib" / "qemu")} | os.environ
-    # Two at a time, and a failed test once more: QEMU's own timing is not always in time on a busy machine.
-    defaults = ["--jobs", "2", "--retries", "1"]
     with tempfile.TemporaryDirectory(prefix="qcowlib-iotests-") as work:
         report = Path(work) / "results.json"
-        words: list[str | Path] = [sys.executable, *command, *defaults, *options, "--json", report]
+        words: list[str | Path] = [sys.executable, *command, "--jobs", "2", *options, "--json", report]
         with subprocess.Popen(words, env=environment) as runner:
             try:
                 code = runner.wait(deadline)
