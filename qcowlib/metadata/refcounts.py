@@ -126,8 +126,10 @@ class RefcountStructure:
             FormatError: the width is too small for a count; earlier blocks of the range have been changed in memory.
         """
         for block_index, inside, at in self._pieces(first, length if length is not None else np.size(counts)):
-            block = self._writable_block(block_index)
             more = counts[at] if isinstance(counts, np.ndarray) else counts
+            if not np.any(more):
+                continue  # a part without clusters in use may have no block
+            block = self._writable_block(block_index)
             if np.max(more) > self._geometry.refcount_max:
                 raise FormatError("refcount block", self._offset(block_index), self._overflow_text())
             more = np.asarray(more).astype(block.dtype)  # one dtype: uint64 with int64 would become float64

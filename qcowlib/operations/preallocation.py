@@ -26,7 +26,9 @@ def preallocate(
     mode: str,
     *,
     zero: bool,
-    head: bytes = b"",
+    full: bool,
+    fill: bool,
+    head: bytes,
     progress: Callable[[int, int], None] | None,
 ) -> None:
     """Map guest clusters that are not mapped, so that they read as zeroes.
@@ -35,7 +37,9 @@ def preallocate(
         transaction, writer: of the image; nobody else uses it meanwhile.
         start, stop: guest range in bytes, aligned to clusters.
         mode: "metadata", "falloc" or "full".
-        zero: a backing file has bytes there, which must not be seen.
+        zero: the entries say that the clusters are zero, whatever is in the file.
+        full: all subclusters are allocated; else they are to be written first.
+        fill: store zeroes as the guest's data: an encrypted image of version 2.
         head: what the first cluster begins with: it gets a new place with the others.
         progress: called with (bytes done, bytes to do).
 
@@ -58,10 +62,11 @@ def preallocate(
                 _reserve(transaction.storage, host, count << bits, mode)
                 if head:
                     writer.store(host, position, head.ljust(geometry.cluster_size, b"\0"))
+                if fill:
+                    _fill(writer, host, position, len(head) and geometry.cluster_size, count << bits)
             except StorageError:
                 transaction.give_back(first, count)
                 raise
-        full = mode != "metadata" and zero and not has_data_file
         if head:
             writer.preallocate(position, host, 1, zero=False, full=True)
             position, host, count, head = position + geometry.cluster_size, host + geometry.cluster_size, count - 1, b""
@@ -72,6 +77,12 @@ def preallocate(
             transaction.commit()
         if progress is not None:
             progress(position - start, stop - start)
+
+
+def _fill(writer: ClusterWriter, host: int, guest: int, start: int, stop: int) -> None:
+    """Store zeroes as guest data from `start` to `stop` behind both offsets."""
+    for position in range(start, stop, _PIECE):
+        writer.store(host + position, guest + position, bytes(min(_PIECE, stop - position)))
 
 
 def _reserve(storage: Storage, offset: int, length: int, mode: str) -> None:

@@ -159,10 +159,25 @@ def _prepare(
         image.writer.write(old, memoryview(bytes(min(start, size) - old)))
         if stop > start:
             image.writer.zero_units(start, stop)
-    elif boundary > old and data_end == old and (preallocation != "off" or _has_bytes(image, old, boundary)):
+    elif boundary > old and data_end == old and (preallocation != "off" or _has_bytes(image, old, min(boundary, size))):
         image.writer.write(old, memoryview(bytes(min(boundary, size) - old)))
-    if preallocation != "off" and whole > begin:
-        preallocate(transaction, image.writer, begin, whole, preallocation, zero=hides, head=head, progress=progress)
+    if preallocation == "off" or whole <= begin:
+        return
+    encrypted = image.cipher is not None
+    reserved = preallocation != "metadata" and not state.header.has_data_file and not encrypted
+    # Where zeroes in the file are not zeroes of the guest, or somebody else's bytes would show, the entries say zero.
+    preallocate(
+        transaction,
+        image.writer,
+        begin,
+        whole,
+        preallocation,
+        zero=state.header.version >= 3 and (encrypted or (hides and not reserved)),
+        full=hides and reserved,
+        fill=encrypted and state.header.version < 3,
+        head=head,
+        progress=progress,
+    )
 
 
 def _has_bytes(image: WritableQcow2Image, start: int, stop: int) -> bool:

@@ -180,8 +180,20 @@ class Program:
         self.model.content[size:] = bytes(max(0, size - self.model.size))
         self.open()
 
+    def grow_and_shrink(self) -> None:
+        """By us, and back to the old size; what lay behind it is zero when it comes again."""
+        size, mode = self.model.size, self.choose.choice(["off", "metadata", "falloc", "full"])
+        if self.row["compat"] == "0.10" and self.row["backing"]:
+            return  # zeroes that hide a longer backing file cannot be said
+        for new, reserve in ((size + MIB // 2 + 512, mode), (size - 70_144, "off"), (size, "off")):
+            qcowlib.resize(self.image, new, shrink=True, preallocation=reserve)
+            self.model.content[new:] = bytes(max(0, new - self.model.size))
+            self.change(3)
+
     def run(self) -> None:
-        self.change(15)
+        self.change(8)
+        self.grow_and_shrink()
+        self.change(7)
         if self.row["snapshots"]:
             self.take_snapshot("one")
             self.change(6)
