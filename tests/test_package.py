@@ -103,10 +103,26 @@ def test_the_command_is_installed() -> None:
         assert verb in done.stdout
 
 
-def test_the_example_of_the_readme_runs(tmp_path: Path) -> None:
-    text = (CHECKOUT / "README.md").read_text()
-    code = text.split("```python\n")[1].split("```")[0]
-    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, cwd=tmp_path)
+def run_example(word: str, directory: Path) -> subprocess.CompletedProcess[str]:
+    """Run the README's Python example that has this word in it."""
+    blocks = (CHECKOUT / "README.md").read_text().split("```python\n")[1:]
+    (code,) = (block.split("```")[0] for block in blocks if word in block.split("```")[0])
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True, cwd=directory)
     assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_the_backup_of_the_readme_runs(tmp_path: Path) -> None:
+    disk = tmp_path / "disk.qcow2"
+    qcowlib.create_image(disk, 1 << 20)
+    with qcowlib.open_image(disk, writable=True) as image:
+        qcowlib.create_snapshot(image, "last-backup")
+        image.write(1 << 16, b"changed")
+    run_example("changed_extents", tmp_path)
+    assert (tmp_path / "increment").read_bytes() == bytes(1 << 16) + b"changed".ljust(1 << 16, b"\0")
+
+
+def test_the_example_of_the_readme_runs(tmp_path: Path) -> None:
+    done = run_example("create_image", tmp_path)
     assert done.stdout.splitlines()[:2] == ["b'other state'", "b'first state'"]
     assert done.stdout.splitlines()[-1] == "[]"

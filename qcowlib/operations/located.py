@@ -97,7 +97,7 @@ def located(image: ReadableImage, places: Places, first: int, last: int) -> Iter
     Damage becomes rows, so that nothing is raised for it.
     """
     layers = chain_layers(image)
-    numbers = np.array([places.number(identity(data_storage(layer))) for layer in layers], dtype=np.int64)
+    numbers = np.array([places.number(_view(layer)) for layer in layers], dtype=np.int64)
     missing = left_out(layers[-1])
     end = min(last, image.size)
     for table in sound_rows(image, first, end) if first < end else ():
@@ -111,6 +111,12 @@ def located(image: ReadableImage, places: Places, first: int, last: int) -> Iter
     if start < last:
         row = ExtentTable.from_rows([(start, last - start, ExtentKind.UNALLOCATED, -1, 0, 0)])
         yield Located(row, np.zeros(1, dtype=np.int64))
+
+
+def _view(layer: Layer) -> object:
+    """The file of a layer and the way to look at it: what is decrypted is not what a raw view of the file shows."""
+    decrypted = isinstance(layer, MappedLayer) and layer.state.header.crypt_method != 0
+    return identity(data_storage(layer)), decrypted
 
 
 def sound_rows(image: ReadableImage, first: int, last: int) -> Iterator[ExtentTable]:

@@ -12,7 +12,9 @@ import pytest
 
 import qcowlib
 from qcowlib import ChangeKind, LocalFiles
+from qcowlib.image.raw import RawImage, StorageWindow
 from qcowlib.image.reader import ReadableImage
+from qcowlib.storage.local import open_local
 
 KIB = 1 << 10
 SECTOR = 512
@@ -121,3 +123,19 @@ def test_metadata_alone_tells_equal_states_apart_from_changed_ones(tmp_path: Pat
         assert exact == [(256 * KIB, 512, ChangeKind.CHANGED)]
         extents = [row for table in qcowlib.changed_extents(one, image) for row in table.rows()]
         assert [row[:3] for row in extents] == [(256 * KIB, 64 * KIB, 0)]
+
+
+def test_a_raw_view_of_an_encrypted_file_is_another_content(tmp_path: Path) -> None:
+    """Both states lie at the same place of one file; only one of them is decrypted."""
+    path = str(tmp_path / "i")
+    qcowlib.create_image(
+        path, 1 << 20, encrypt_format="luks", encrypt_passphrase="x", encrypt_iter_time_ms=0, preallocation="full"
+    )
+    with qcowlib.open_image(path, writable=True, passphrase="x") as image:
+        image.write(0, b"secret")
+        host = next(iter(next(iter(image.extents())))).host_offset
+    assert host is not None
+    with qcowlib.open_image(path, passphrase="x") as image, open_local(path) as file:
+        view = RawImage(StorageWindow(file, host, image.size))
+        told = sectors_told(view, image, exact=False)
+    assert told[0]
