@@ -32,7 +32,7 @@ PACKAGES = {
 
 #: Tests that fail, and why that is right, or what is missing.
 KNOWN_FAILURES = {
-    # Repairs that the design (D37) rules out: issue 4, section 2, goes before the suite there.
+    # Repairs that the design (D37) rules out: there it goes before the suite.
     "060": "after an unaligned refcount block qemu-img's first repair fails and leaves leaks; ours is whole",
     "271": "qemu-img gives clusters back beside a damaged L2 entry, and leaves that; ours drops it, and says so",
 }
