@@ -127,6 +127,7 @@ def _repair(arguments: Arguments, name: ImageName, mode: str) -> int:
     dry_run = arguments.has("dry-run")
     force_share = arguments.has("force-share")
     with open_image_name_for_repair(name, mode, dry_run=dry_run, force_share=force_share) as image:
+        from qcowlib.errors import StorageError
         from qcowlib.image.qcow2 import Qcow2Image
         from qcowlib.operations.repair import carry_out_repair, plan_repair
         from qcowlib.operations.repair_undo import next_undo_path
@@ -147,8 +148,12 @@ def _repair(arguments: Arguments, name: ImageName, mode: str) -> int:
         if dry_run:
             return _tell_plan(arguments, plan)
         undo_path = next_undo_path(name.reference.path) if plan.keeps_bytes else None
-        after = carry_out_repair(plan, image, undo_path)
-    if undo_path is not None and (plan.lost or plan.actions):
+        try:
+            after = carry_out_repair(plan, image, undo_path)
+        except (StorageError, KeyboardInterrupt) as error:
+            error.add_note("what was done so far does no harm, and another repair finishes it")
+            raise
+    if undo_path is not None and (plan.lost or plan.lost_snapshots or plan.actions):
         print(f"What was replaced is kept in '{undo_path}'; '--undo' takes the repair back.", file=sys.stderr)
     if not plan.repairs:
         return _tell(arguments, after, {}, told_before=bool(plan.lines))
@@ -172,7 +177,7 @@ def _lines(plan: RepairPlan, *, dry_run: bool) -> list[str]:
     lines = [*plan.lines, *plan.actions]
     if dry_run and plan.moved:  # nothing that a reader of the image would see
         lines.append(f"{plan.moved} guest clusters lie on metadata; they are copied away")
-    lines += [f"Lost: {snapshot}" for snapshot in plan.lost_snapshots if plan.lost or plan.actions]
+    lines += [f"Lost: {snapshot}" for snapshot in plan.lost_snapshots]
     lines += [
         f"Lost: {lost.layer}, {lost.length} bytes at {lost.start:#x}, which read as zeroes or from the backing file now"
         for lost in plan.lost[:_SHOWN_RANGES]

@@ -1,8 +1,9 @@
 """Tables that a damaged reference has lost: searched for among the clusters that nothing refers to.
 
 An entry of an L1 or L2 table leaves few of its 64 bits free (reserved, alignment, the length of the file), so that
-other data does not pass for a table. A search answers with every place that fits; only the caller can say whether one
-is enough. Clusters are looked at whose refcount says that they are in use; all, where the refcounts are damaged.
+other data does not pass for a table. A search answers with every place that fits, with none where there are too many
+clusters to look at; only the caller can say whether one is enough. Clusters are looked at whose refcount says that they
+are in use; all, where the refcounts are damaged.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class LostTables:
         self.geometry = header.geometry
         self.rules = rules
         self.found = found
+        self._complete = True  # the last search has seen every cluster
         self.known_refcounts = not found.refcounts_damaged and bool(len(found.stored.table))
 
     def l1_tables(self, entries: int) -> list[int]:
@@ -69,7 +71,7 @@ class LostTables:
                 offset = cluster << self.geometry.cluster_bits
                 if self._is_l1_table(offset, entries):
                     places.append(offset)
-        return places
+        return places if self._complete else []
 
     def l2_tables(self) -> list[int]:
         """Host offsets where an L2 table may lie that nothing names."""
@@ -77,13 +79,14 @@ class LostTables:
         for clusters, words in self._unreferenced():
             likely = self._are_l2_tables(words)
             places += (clusters[likely] << self.geometry.cluster_bits).tolist()
-        return places
+        return places if self._complete else []
 
     def lacking(self, places: list[int]) -> list[int]:
         """Those of some host offsets whose cluster has a higher refcount than it has references."""
         clusters = np.array(places, dtype=np.int64) >> self.geometry.cluster_bits
-        if not self.known_refcounts or not len(clusters):
-            return []
+        header = self.found.stored.at(np.zeros(1, dtype=np.int64))[0]
+        if not len(clusters) or header != 1 or not self.found.stored.readable(clusters).all():
+            return []  # nothing that these refcounts say is to be believed
         more = self.found.stored.at(clusters) > self.found.references.at(clusters).astype(np.uint64)
         return [place for place, chosen in zip(places, more.tolist(), strict=True) if chosen]
 
@@ -100,14 +103,15 @@ class LostTables:
                 rescued = rescue_snapshots(self.storage, header, self.rules.file_end)
                 if rescued is not None and not rescued.repairs and all(e.id.isdigit() for e in rescued.entries):
                     places.append(offset)
-        return places
+        return places if self._complete else []
 
     def is_all_referenced(self) -> bool:
         """Whether there is no cluster with content that nothing refers to."""
-        return not any(words.any() for _, words in self._unreferenced(every=True))
+        return not any(words.any() for _, words in self._unreferenced(every=True)) and self._complete
 
     def _unreferenced(self, *, every: bool = False) -> Iterator[tuple[Int64Array, Entries]]:
         """(clusters, their words) of clusters inside the file that nothing refers to, in batches."""
+        self._complete = True
         searched = 0
         per_batch = max(1, SCAN_BYTES >> self.geometry.cluster_bits)
         bits = self.found.references.chunk_bits
@@ -120,6 +124,7 @@ class LostTables:
             clusters = np.flatnonzero(free[: inside - (window << bits)]) + (window << bits)
             for start in range(0, len(clusters), per_batch):
                 if searched >= MAX_SEARCHED:
+                    self._complete = False
                     return
                 part = clusters[start : start + per_batch]
                 searched += len(part)

@@ -116,7 +116,6 @@ class _Rescue:
             if table_length > k.MAX_SNAPSHOT_TABLE_SIZE:
                 text = f"Discarding {count - index} overhanging snapshots (snapshot table is too big)"
                 result.repairs.append(("snapshot-table-too-big", text, count - index))
-                result.lost.append(f"{count - index} snapshots behind the largest possible snapshot table")
                 break
             # As for QEMU, a table may end behind the file by less than a cluster.
             result.length = min(end, self.file_end - self.header.snapshots_offset + self.header.cluster_size - 1)

@@ -31,19 +31,17 @@ from qcowlib.format.constants import MAX_INT64
 from qcowlib.format.entries import Int64Array
 from qcowlib.format.features import KNOWN_AUTOCLEAR, Incompatible
 from qcowlib.format.header import Header
-from qcowlib.format.snapshot_table import SnapshotEntry
 from qcowlib.image.interface import BlockImage
 from qcowlib.metadata.census import Census, census
 from qcowlib.metadata.comparison import Comparison
 from qcowlib.metadata.copied_flags import Ones
 from qcowlib.metadata.free_clusters import FreeClusters
 from qcowlib.metadata.heal import Healing
-from qcowlib.metadata.l2_scan import ScanRules
-from qcowlib.metadata.lost_tables import LostTables
 from qcowlib.metadata.mapping_repair import LostRange, MappingRepair, NotRepairable
-from qcowlib.metadata.snapshot_rescue import RescuedSnapshots, rescue_snapshots
+from qcowlib.metadata.snapshot_rescue import RescuedSnapshots
 from qcowlib.metadata.state import Qcow2State, load_state
 from qcowlib.operations.check import check_census, check_state, copied_flag_findings
+from qcowlib.operations.repair_tables import find_tables
 from qcowlib.operations.repair_undo import write_undo_file
 from qcowlib.storage.overlay import OverlayStorage
 from qcowlib.storage.protocol import Storage
@@ -151,8 +149,6 @@ class _Planning:
         self.header = state.header
         self.data_storage = state.data_storage
         self.overlay = OverlayStorage(state.storage)
-        self.file_end = (state.storage.size() + 511) & -512
-        self.found_again: list[str] = []
 
     # -- the two modes
 
@@ -209,10 +205,11 @@ class _Planning:
     def _plan(self, report: CheckReport, found: Census) -> RepairPlan:
         """The plan; `found` and `report` are the first check, anew where tables are not where the header says."""
         plan = RepairPlan(report)
-        rescued = self._find_tables()
+        tables = find_tables(self.base, self.overlay, self.header)
+        rescued, self.header = tables.snapshots, tables.header
         built = self.header.build()[:_SECTOR]
         header_damaged = built != self.base.pread(len(built), 0)
-        if found.stopped or rescued.repairs or self.found_again or header_damaged:
+        if found.stopped or rescued.repairs or tables.found_again or header_damaged:
             found = census(self._state(self.header), rescued)
             report = check_census(self._state(self.header), found)
         mapping = MappingRepair(self.base, self.overlay, self.header, rescued)
@@ -241,84 +238,12 @@ class _Planning:
             mapping.move()
         plan.keeps_bytes |= mapping.header != self.header or header_damaged or self.overlay.has_staged
         plan.lost, plan.more_lost = mapping.lost, mapping.more_lost
-        plan.actions, plan.moved = self.found_again + mapping.actions, mapping.moved
+        plan.actions, plan.moved = tables.found_again + mapping.actions, mapping.moved
         plan.lost_snapshots = rescued.lost
         header = self._repair_refcounts(mapping.header, found, rebuild=rebuild, sound=not damaged)
         self._finish(plan, header)
         self._prove(header)
         return plan
-
-    def _find_tables(self) -> RescuedSnapshots:
-        """The snapshots that can be kept; active L1 table and snapshot table are found again where the header is wrong.
-
-        Raises:
-            NotRepairable: there is no active L1 table, and clusters that only it may refer to.
-        """
-        if self.header.l1_size and not self._is_place(self.header.l1_table_offset, 8 * self.header.l1_size):
-            self._find_l1_table()
-        rescued = rescue_snapshots(self.base, self.header, self.file_end)
-        if rescued is not None:
-            if len(rescued.homeless) == 1:
-                places = self._search(self.header).l1_tables(rescued.homeless[0][1].l1_size)
-                if len(places) == 1:
-                    named = rescued.take_in(places[0])
-                    self.found_again.append(f"{named}: the L1 table at {places[0]:#x} was found again")
-            return rescued
-        search = self._search(self.header)
-        places = search.snapshot_tables()
-        if len(places) != 1:
-            return self._nameless_snapshots(search.l1_tables(self.header.l1_size))
-        self.header = replace(self.header, snapshots_offset=places[0])
-        self.found_again.append(f"the snapshot table was found again at {places[0]:#x}")
-        return rescue_snapshots(self.base, self.header, self.file_end) or RescuedSnapshots()
-
-    def _nameless_snapshots(self, places: list[int]) -> RescuedSnapshots:
-        """The snapshots whose L1 tables can be found though the snapshot table cannot; their names are lost."""
-        count = self.header.nb_snapshots
-        rescued = RescuedSnapshots()
-        text = f"Discarding {count} snapshots (their table cannot be found)"
-        rescued.drop("snapshot-table-lost", text, f"the names and vm states of {count} snapshots")
-        for number, offset in enumerate(places[:count], 1):
-            entry = SnapshotEntry(
-                l1_table_offset=offset,
-                l1_size=self.header.l1_size,
-                id=str(number),
-                name=f"found-{number}",
-                date_sec=0,
-                date_nsec=0,
-                vm_clock_nsec=0,
-                disk_size=self.header.size,
-            )
-            rescued.entries.append(entry)
-            self.found_again.append(f"an L1 table at {offset:#x} is kept as snapshot {number} (found-{number})")
-        return rescued
-
-    def _is_place(self, offset: int, length: int) -> bool:
-        """Whether a table can lie there: behind the header and inside the file, but for less than a cluster."""
-        return offset > 0 and offset + length - self.file_end < self.header.cluster_size
-
-    def _find_l1_table(self) -> None:
-        """Let the header name the one place where the active L1 table can be."""
-        search = self._search(replace(self.header, l1_size=0, l1_table_offset=0))
-        places = search.l1_tables(self.header.l1_size)
-        if len(places) == 1:
-            self.found_again.append(f"the active L1 table was found again at {places[0]:#x}")
-        elif places or not search.is_all_referenced():
-            raise NotRepairable("the active L1 table is not where the header says, and it cannot be found")
-        else:
-            # The file was cut: it holds nothing that an L1 table could refer to. Behind its end all reads as zeroes.
-            places = [self.header.geometry.clusters_for(self.file_end) << self.header.cluster_bits]
-            length = self.header.geometry.clusters_for(8 * self.header.l1_size) << self.header.cluster_bits
-            self.overlay.pwrite(bytes(length), places[0])
-            self.found_again.append("the file was cut before its L1 table: all guest data is lost")
-        self.header = replace(self.header, l1_table_offset=places[0])
-
-    def _search(self, header: Header) -> LostTables:
-        """A search among the clusters that nothing refers to, as far as the snapshot table can be used."""
-        rescued = rescue_snapshots(self.base, header, self.file_end) or RescuedSnapshots()
-        found = census(self._state(header), rescued)
-        rules = ScanRules(header.geometry, header.version, header.has_data_file, self.file_end)
-        return LostTables(self.base, header, rules, found)
 
     def _is_table_cut(self, found: Census) -> bool:
         """Whether the file ends inside an L1 or L2 table, by less than a cluster, which the check allows."""
