@@ -98,7 +98,7 @@ def _options(arguments: Arguments, option_text: str | None, size: int | None) ->
     target_format = arguments.last("target-format") or "raw"
     if target_format in _NOT_MEASURED:
         raise CommandFailed(f"Block driver '{target_format}' does not support size measurement")
-    require_creatable(target_format)
+    require_creatable(target_format, ("raw", "qcow2", "luks"))
     try:
         values = parse_creation_options(target_format, option_text)
     except OptionError as error:
@@ -108,12 +108,13 @@ def _options(arguments: Arguments, option_text: str | None, size: int | None) ->
     options: dict[str, Any] = {"format": target_format, "size": int(values.get("size", "0"))}
     if target_format not in FORMAT_OPTIONS or target_format == "raw":
         return options
-    encrypted = values.get("encrypt.format") == "luks"
-    if encrypted and "encrypt.key-secret" not in values:
+    prefix = "" if target_format == "luks" else "encrypt."
+    encrypted = target_format == "luks" or values.get("encrypt.format") == "luks"
+    if encrypted and f"{prefix}key-secret" not in values:
         from qcowlib.codecs.luks import luks_area_length
 
-        luks_area_length(values.get("encrypt.cipher-alg", "aes-256"), values.get("encrypt.cipher-mode", "xts"))
-        raise CommandFailed("Parameter 'encrypt.key-secret' is required for cipher")
+        luks_area_length(values.get(f"{prefix}cipher-alg", "aes-256"), values.get(f"{prefix}cipher-mode", "xts"))
+        raise CommandFailed(f"Parameter '{prefix}key-secret' is required for cipher")
     known = library_options(
         {name: value for name, value in values.items() if name not in _NO_EFFECT}, read_secrets(arguments)
     )

@@ -63,7 +63,7 @@ def measure(
     Args:
         source: the image or snapshot to be converted; None for a new, empty image.
         size: bytes of the disk of a new image; with a source its own size counts.
-        format: of the file: "raw" or "qcow2".
+        format: of the file: "raw", "qcow2", or "luks" (an encrypted volume).
         cluster_size, compat, refcount_bits, extended_l2, preallocation, backing_file: as in `CreationOptions`.
         encrypt_format: "luks" adds its header.
         encrypt_cipher_alg, encrypt_cipher_mode: decide on the header's length.
@@ -74,6 +74,12 @@ def measure(
     """
     if format == "raw":
         length = round_up(size or 0, SECTOR_SIZE) if source is None else source.size
+        return Measurement(length, length)
+    if format == "luks":
+        from qcowlib.codecs.luks import luks_area_length
+
+        length = (size or 0) if source is None else source.size
+        length += luks_area_length(encrypt_cipher_alg, encrypt_cipher_mode)
         return Measurement(length, length)
     if format != "qcow2":
         raise OptionError(f"Unknown file format '{format}'")
