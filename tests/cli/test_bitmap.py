@@ -185,3 +185,18 @@ def test_writes_are_marked(images: Pair, tmp_path: Path) -> None:
         marked = [row for batch in qcowlib.dirty_extents(image, "x") for row in zip(*batch, strict=True)]
     assert any(start <= 4 << 20 and start + length >= 5 << 20 for start, length in marked)
     assert any(start <= 1 << 20 < start + length for start, length in marked), "what became zero has changed, too"
+
+
+def test_a_commit_is_marked_in_the_base(pair: Pair) -> None:
+    pair.prepare("create", "-q", "-f", "qcow2", "base.qcow2", "10M")
+    pair.prepare("bitmap", "--add", "base.qcow2", "x")
+    pair.prepare("create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2", "top.qcow2")
+    for directory in (pair.theirs, pair.ours):
+        qemu_io(directory / "top.qcow2", "write -P 7 5M 100k", "write -z 8M 64k")
+    pair.same("commit", "top.qcow2")
+    found = []
+    for directory in (pair.theirs, pair.ours):
+        with qcowlib.open_image(directory / "base.qcow2") as image:
+            found.append([row for batch in qcowlib.dirty_extents(image, "x") for row in zip(*batch, strict=True)])
+    assert found[0] == found[1] == [(5 << 20, 128 << 10), (8 << 20, 64 << 10)]
+    assert_clean(pair.ours / "base.qcow2")

@@ -144,6 +144,24 @@ def _apply_snapshot(path: str) -> str:
     return ""
 
 
+def _dirty(path: str) -> str:
+    with qcowlib.open_image(path, format="qcow2", open_backing=False) as image:
+        assert isinstance(image, qcowlib.Qcow2Image)
+        return str(
+            [sum(len(rows.start) for rows in qcowlib.dirty_extents(image, one.name)) for one in image.bitmaps[:3]]
+        )
+
+
+def _bitmaps(path: str) -> str:
+    with qcowlib.open_image(path, format="qcow2", writable=True, open_backing=False) as image:
+        assert isinstance(image, qcowlib.WritableQcow2Image)
+        for change in (qcowlib.clear_bitmap, qcowlib.remove_bitmap):
+            for entry in image.bitmaps[:1]:
+                change(image, entry.name)
+        qcowlib.add_bitmap(image, "added")
+    return ""
+
+
 def _write(path: str) -> str:
     with qcowlib.open_image(path, format="qcow2", writable=True, policy=_POLICY) as image:
         image.write(0, b"written")
@@ -169,6 +187,7 @@ READING: dict[str, Callable[[str], str]] = {
     "map": _map,
     "check": _check,
     "snapshots": _snapshots,
+    "dirty": _dirty,
     "passphrase": _passphrase,
     "qcow-info": _command("info"),
     "qcow-check": _command("check"),
@@ -178,6 +197,7 @@ WRITING: dict[str, Callable[[str], str]] = {
     "create-snapshot": _create_snapshot,
     "delete-snapshot": _delete_snapshot,
     "apply-snapshot": _apply_snapshot,
+    "bitmaps": _bitmaps,
     "write": _write,
     "write-last": _write_last,
     "discard": _discard,
