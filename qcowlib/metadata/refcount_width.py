@@ -22,6 +22,7 @@ from qcowlib.format.constants import MAX_HOST_OFFSET, MAX_REFCOUNT_TABLE_SIZE
 from qcowlib.format.entries import ENTRY_DTYPE, Entries
 from qcowlib.format.refcount_block import RefcountArray, encode_refcounts, refcount_dtype
 from qcowlib.metadata.header_swing import laid_out, swing_header
+from qcowlib.metadata.refcounts import cluster_runs
 from qcowlib.metadata.stored_refcounts import StoredRefcounts
 from qcowlib.metadata.transaction import MetadataTransaction
 
@@ -90,8 +91,8 @@ class _Widening:
                 refcount_table_clusters=table_clusters,
             )
             swing_header(self.transaction, laid_out(self.transaction.state.header, header))
-            for cluster in self.given_up.tolist():
-                self.storage.discard(cluster << bits, self.geometry.cluster_size)
+            for first, count in cluster_runs(self.given_up):
+                self.storage.discard(first << bits, count << bits)
 
     def _survey(self) -> tuple[list[int], int]:
         """Indices of the new blocks that count anything, and the first cluster behind everything in use."""
