@@ -136,7 +136,6 @@ class Healing:
         found: the census, undamaged; its `stored` belongs to this header.
         free: places new refcount blocks and a new refcount table; None: behind the end of the file.
         link: writes what refers to newly counted clusters; called when their refcounts are durable.
-        leaks_only: lower what is too high, and change nothing else.
 
     Attributes:
         header: as it is after what was done so far.
@@ -150,12 +149,10 @@ class Healing:
         *,
         free: FreeClusters | None = None,
         link: Callable[[Header], None] | None = None,
-        leaks_only: bool = False,
     ) -> None:
         self.header = header
         self.free = free
         self.link = link
-        self.leaks_only = leaks_only
         self.geometry = header.geometry
         self.storage = storage
         self.found = found
@@ -167,10 +164,6 @@ class Healing:
 
     def run(self) -> None:
         """Steps 1 to 3."""
-        if self.leaks_only:
-            self._lower_refcounts()
-            self._barrier()
-            return
         growth = self._plan_growth()
         ones = Ones.expected(self.references)
         self._raise_refcounts(growth)
@@ -229,7 +222,7 @@ class Healing:
             high = stored > expected
             self._count("leak", Severity.LEAK, int((high & (expected == 0)).sum()))
             self._count("refcount-too-high", Severity.LEAK, int((high & (expected > 0)).sum()))
-            self._write_blocks(first, np.minimum(stored, expected), high, {})
+            self._write_blocks(first, expected, high, {})
 
     def _write_blocks(self, first: int, counts: RefcountArray, changed: BoolArray, new: dict[int, int]) -> None:
         """Write the refcount blocks of a window in which a count has changed."""

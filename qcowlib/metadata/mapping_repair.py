@@ -344,8 +344,7 @@ class MappingRepair:
 
     def _l2_batches(self) -> Iterator[tuple[Int64Array, Entries]]:
         """(host offsets, words) of all L2 tables inside the file, each once."""
-        named = [offsets(self._read_l1(layer)) for layer in self._layers()]
-        host = np.unique(np.concatenate(named))
+        host = np.unique(np.concatenate([np.unique(offsets(l1)) for _, l1 in self._l1_tables()]))
         host = host[(host != 0) & (host < self.file_end) & (host & (self.size - 1) == 0)]
         per_batch = max(1, SCAN_BYTES >> self.geometry.cluster_bits)
         for start in range(0, len(host), per_batch):

@@ -166,19 +166,18 @@ class _Planning:
             plan.lines.append("ERROR need to rebuild refcount structures")
             plan.failure = _CANNOT_REBUILD
             return plan
-        if found.mapping_damaged:
+        if found.mapping_damaged or (low and report.leaks):
+            # A cluster with too many references tells of an entry that is not what it was, as one without any may.
             if report.leaks:
-                plan.refusal = "the mapping is damaged, so that nothing may be given back"
+                reason = "the mapping is damaged" if found.mapping_damaged else "refcounts are too low"
+                plan.refusal = f"{reason}, so that nothing may be given back"
             return plan
         lines = _refcount_lines(report)
         plan.lines = [*lines, *(_repairing(line, leaks_only=True) for line in lines)]
-        plan.leaks_fixed = report.leaks
-        plan._overlay = self.overlay
         if low:
-            Healing(self.header, self.overlay, found, leaks_only=True).run()
-            after = check_census(state, census(state))
-            plan.lines += [finding.text for finding in after.findings if finding.code.startswith("copied-flag-l")]
+            plan.lines += [finding.text for finding in report.findings if finding.code.startswith("copied-flag-l")]
             return plan
+        plan.leaks_fixed = report.leaks
         copied = self._copied(found)
         plan.lines += [_repairing(finding.text) for finding in copied]
         plan.corruptions_fixed = _count(copied)
