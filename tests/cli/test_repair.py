@@ -106,6 +106,17 @@ def test_one_damaged_l1_entry(tmp_path: Path, mode: str, entry: int) -> None:
         assert content(path, tmp_path) == wanted
 
 
+def test_leaks_stay_while_a_refcount_is_too_low(tmp_path: Path) -> None:
+    """The cluster that nothing refers to may be the one that the wrong entry named."""
+    path = image(tmp_path / "image")
+    put(path, L2, "Q", 1 << 63 | 0x60000)
+    before = path.read_bytes()
+    said = ours(tmp_path, "check", "-r", "leaks", "image")
+    assert said.code == 2
+    assert said.err.endswith("Nothing was repaired: refcounts are too low, so that nothing may be given back\n")
+    assert path.read_bytes() == before
+
+
 def test_lost_ranges_are_listed(tmp_path: Path) -> None:
     path = image(tmp_path / "image", "write -P 1 0 64k", "write -P 2 192k 128k")
     qemu_img("snapshot", "-c", "taken", str(path))
