@@ -111,8 +111,8 @@ def convert(
     )
     total = job.data_bytes()
 
-    def fill(image: WritableImage, zero_from: int) -> None:
-        copy(replace(job, zero_from=zero_from), image, total=total)
+    def fill(image: WritableImage, zero_from: int, *, fresh: bool) -> None:
+        copy(replace(job, zero_from=zero_from, fresh=fresh), image, total=total)
         if bitmaps:
             copy_bitmaps(images[0], image, skip_broken=skip_broken_bitmaps, warn=warn)
 
@@ -121,7 +121,7 @@ def convert(
             path, joined.size, target_format, options, backing_file, backing_fmt, target_passphrase, policy, durable
         )
         with created(new) as image:
-            fill(image, new.zero_from(image))
+            fill(image, new.zero_from(image), fresh=True)
         return
 
     def check(image: WritableImage) -> None:
@@ -129,7 +129,7 @@ def convert(
         _refuse_existing(image, joined.size, compressed=compressed, bitmaps=bitmaps)
 
     with taken(target, target_format, check, policy=policy, passphrase=target_passphrase, durable=durable) as image:
-        fill(image, 0 if target_is_zero else NEVER)
+        fill(image, 0 if target_is_zero else NEVER, fresh=False)
 
 
 def _refuse_bitmaps(

@@ -51,6 +51,7 @@ class CopyJob:
         sparse_size: bytes of zeroes from which on a range is left out of the target; 0 writes all zeroes.
         offload: let the host copy, where data lies as it is in both files; it is not looked through for zeroes.
         out_of_order: write to a raw target as soon as data is there.
+        fresh: nobody uses the target before all is done: what is written may come in any order, behind what names it.
         executor: where to read ahead, and to compress; None does all in the calling thread.
         progress: called with (bytes done, bytes to do) of data.
         lost: is told what could not be read, when the source salvages.
@@ -65,6 +66,7 @@ class CopyJob:
     sparse_size: int = 4096
     offload: bool = False
     out_of_order: bool = False
+    fresh: bool = False
     executor: Executor | None = None
     progress: Progress | None = None
     lost: Callable[[Loss], None] | None = None
@@ -118,6 +120,7 @@ class _Batch:
         packed: for each range of data, its clusters compressed; None for one that does not get smaller.
         stored: bytes are in the target already.
         losses: what could not be read.
+        places: (host offset, guest offset, bytes) that are to be written yet.
     """
 
     ranges: list[Range] = field(default_factory=list)
@@ -127,6 +130,7 @@ class _Batch:
     packed: list[list[bytes | None]] = field(default_factory=list)
     stored: bool = False
     losses: list[Loss] = field(default_factory=list)
+    places: list[tuple[int, int, memoryview]] = field(default_factory=list)
 
     def data(self) -> Iterator[tuple[Range, memoryview]]:
         """The ranges of data with their bytes."""
@@ -169,6 +173,10 @@ class _Copier:
         self.unit = 1 if job.has_backing and not job.compressed else min(self.block, _LARGEST_PIECE)
         self.host_copy = HostCopy(target) if job.offload else None
         self.waiting: deque[Future[_Batch]] = deque()
+        self.filling: deque[Future[_Batch]] = deque()
+        later = job.fresh and job.executor is not None
+        self.writes_at_once = isinstance(target, WritableRawImage) and (later or job.out_of_order)
+        self.places_first = isinstance(target, WritableQcow2Image) and later and not job.compressed
         self.in_flight = max(2, _IN_FLIGHT // self.piece)
         self.buffers: list[bytearray] = []
 
@@ -179,10 +187,12 @@ class _Copier:
                 self._submit(batch)
             while self.waiting:
                 self._finish_one()
+            while self.filling:
+                self.filling.popleft().result()
         finally:
-            for future in self.waiting:
+            for future in (*self.waiting, *self.filling):
                 future.cancel()
-            wait(self.waiting)
+            wait((*self.waiting, *self.filling))
 
     def _ranges(self) -> Iterator[Range]:
         """The ranges of the source as they are to be written; those that are left to the target are missing."""
@@ -253,8 +263,11 @@ class _Copier:
 
     def _buffer(self) -> bytearray:
         """A buffer that nobody uses; the oldest batch gives its one back when there are enough of them."""
-        while not self.buffers and len(self.waiting) >= self.in_flight:
-            self._finish_one()
+        while not self.buffers and len(self.waiting) + len(self.filling) >= self.in_flight:
+            if self.waiting and (self.waiting[0].done() or not self.filling):
+                self._finish_one()
+            else:
+                self.buffers.append(self.filling.popleft().result().buffer)
         return self.buffers.pop() if self.buffers else bytearray(self.piece)
 
     def _finish_one(self) -> None:
@@ -272,9 +285,17 @@ class _Copier:
             batch.used.append(used)
             if job.compressed and isinstance(self.target, WritableQcow2Image):
                 batch.packed.append(_packed(self.target, view, used))
-        if job.out_of_order and isinstance(self.target, WritableRawImage):
+        if self.writes_at_once:
             self._write(batch)
             batch.stored = True
+        return batch
+
+    def _fill(self, batch: _Batch) -> _Batch:
+        """Write the data of clusters that have their places."""
+        assert isinstance(self.target, WritableQcow2Image)
+        for host, guest, piece in batch.places:
+            with _Doing("writing", guest):
+                self.target.store(host, guest, piece)
         return batch
 
     # In order.
@@ -285,7 +306,10 @@ class _Copier:
                 self.job.lost(loss)
         if not batch.stored:
             self._write(batch)
-        self.buffers.append(batch.buffer)
+        if batch.places and self.job.executor is not None:
+            self.filling.append(self.job.executor.submit(self._fill, batch))
+        else:
+            self.buffers.append(batch.buffer)
         self._count(batch.size)
 
     def _count(self, length: int) -> None:
@@ -304,17 +328,28 @@ class _Copier:
                 elif batch.packed and isinstance(self.target, WritableQcow2Image):
                     self._write_packed(self.target, offset, views[run], next(used), next(packed))
                 else:
-                    self._write_sparse(offset, views[run], next(used))
+                    self._write_sparse(batch, offset, views[run], next(used))
 
-    def _write_sparse(self, offset: int, view: memoryview, used: BoolArray) -> None:
+    def _write_sparse(self, batch: _Batch, offset: int, view: memoryview, used: BoolArray) -> None:
         """Write the blocks that are not zero, and the others as zeroes where the target needs it."""
         edges = [0, *(np.flatnonzero(used[1:] != used[:-1]) + 1).tolist(), len(used)]
         for first, last in pairwise(edges):
             start, end = first * self.block, min(last * self.block, len(view))
-            if used[first]:
-                self.target.write(offset + start, view[start:end])
-            else:
+            if not used[first]:
                 self._zero(offset + start, end - start)
+            elif not self._place(batch, offset + start, view[start:end]):
+                self.target.write(offset + start, view[start:end])
+
+    def _place(self, batch: _Batch, offset: int, view: memoryview) -> bool:
+        """Give whole clusters of a new image their places, to be written by another thread; False: that is not so."""
+        if not self.places_first or not isinstance(self.target, WritableQcow2Image):
+            return False
+        if len(view) % self.target.cluster_size:
+            return False
+        places = self.target.place(offset, len(view))
+        for guest, host, length in places or ():
+            batch.places.append((host, guest, view[guest - offset : guest - offset + length]))
+        return places is not None
 
     def _write_packed(
         self, target: WritableQcow2Image, offset: int, view: memoryview, used: BoolArray, packed: list[bytes | None]

@@ -73,5 +73,5 @@ def dd(
     total = job.data_bytes()
     new = NewTarget(path, part.end - part.start, target_format, {}, policy=policy)
     with created(new) as image:
-        copy(replace(job, zero_from=new.zero_from(image)), image, total=total)
+        copy(replace(job, zero_from=new.zero_from(image), fresh=True), image, total=total)
     return part
