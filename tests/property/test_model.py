@@ -99,6 +99,7 @@ class ImageProgram(RuleBasedStateMachine):
         if "data_file" in options:
             self.options["data_file"] = str(self.directory / "data")
         create_image(self.path, SIZE, **link, **self.options)
+        self.has_backing = backing is not None
         can_discard = backing is None or options.get("compat") != "0.10"
         self.model = DiskModel(content, options.get("cluster_size", 65536), can_discard)
         self.taken = 0
@@ -308,6 +309,30 @@ class ImageProgram(RuleBasedStateMachine):
     def open_other(self, path: Path, *, writable: bool = False) -> qcowlib.Qcow2Image | qcowlib.RawImage:
         passphrase = None if self.encryption is None else PASSPHRASE
         return open_image(path, writable=writable, policy=LocalFiles(), passphrase=passphrase)
+
+    # What a shrink cuts from bitmaps is the matter of their own tests.
+    @precondition(
+        lambda self: (
+            not self.model.bitmaps
+            and not (self.options.get("compat") == "0.10" and (self.model.snapshots or self.has_backing))
+        )
+    )
+    @rule(
+        excess=st.sampled_from([512, 4096 - 512, 70_144, 400 * KIB]),
+        preallocation=st.sampled_from(["off", "off", "metadata", "falloc", "full"]),
+        seed=st.integers(0, 255),
+    )
+    def grow_and_shrink(self, excess: int, preallocation: str, seed: int) -> None:
+        """Larger, with something behind the old end, and back; then smaller and back: what was there is zero."""
+        qcowlib.resize(self.opened, SIZE + excess, preallocation=preallocation)
+        assert_equal(self.opened.read(SIZE, excess), bytes(excess), "behind the old end", SIZE)
+        behind = random.Random(seed).randbytes(min(excess, 5000))
+        self.opened.write(SIZE + excess - len(behind), behind)
+        assert_equal(self.opened.read(SIZE + excess - len(behind), len(behind)), behind, "behind the old end")
+        qcowlib.resize(self.opened, SIZE - excess, shrink=True)
+        qcowlib.resize(self.opened, SIZE)
+        self.model.write_zeroes(SIZE - excess, excess)
+        self.assert_reads(SIZE - excess, excess, "after shrink and growth")
 
     @rule(offset=offsets, length=lengths)
     def read(self, offset: int, length: int) -> None:
