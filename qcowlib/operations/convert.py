@@ -75,7 +75,7 @@ def convert(
         durable: the target is on disk at the end; False does not wait for that.
         policy: which files that the target names may be opened (its backing file).
         target_passphrase: of an encrypted target; by default that of `options`.
-        executor: reads (and compresses) ahead in it.
+        executor: reads ahead and compresses in it, and writes to a new target.
         progress: called with (bytes done, bytes to do) of data.
         options: see `CreationOptions`.
 

@@ -1,7 +1,8 @@
 """Copying guest data into another image.
 
     ranges of the source --widened to the target's units--> batches of about 1 MiB of data
-    batch --read into a buffer, looked through for zeroes, compressed (in an executor)--> stored, in guest order
+    batch --read into a buffer, looked through for zeroes, compressed (in an executor)--> given places, in guest order
+          --> written (for a new target in the executor)
 
 Ranges without data are not read. Data ranges are widened to the units that the target allocates, so that the target is
 written in whole units. Buffers are used again: fresh memory costs more than the copy into it.
