@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from qcowlib.image.opening import open_image
 from qcowlib.image.policy import LocalFiles
@@ -116,12 +116,14 @@ def run_step(image: WritableQcow2Image, step: Step) -> None:
     elif step.kind == "apply":
         apply_snapshot(image, step.name)
     elif step.kind == "amend":
-        amend(image, **{name: value if name == "compat" else int(value) for name, value in _options(step.name)})
+        amend(image, **_options(step.name))
     elif step.kind in ("resize", "reserve"):
         resize(image, step.length, shrink=True, preallocation="full" if step.kind == "reserve" else "off")
     else:
         delete_snapshot(image, step.name)
 
 
-def _options(text: str) -> list[list[str]]:
-    return [option.split("=") for option in text.split(",")]
+def _options(text: str) -> dict[str, Any]:
+    """Keyword arguments of `amend`."""
+    pairs = [option.split("=") for option in text.split(",")]
+    return {name: value if name == "compat" else int(value) for name, value in pairs}
