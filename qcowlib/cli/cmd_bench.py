@@ -22,8 +22,7 @@ from qcowlib.units import INT32_MAX
 
 SYNTAX = Syntax(
     "bench",
-    "[-c COUNT] [-d DEPTH] [-f FMT] [--flush-interval=N] [-i AIO] [--no-drain] [-o OFFSET] [--pattern=BYTE] [-q] "
-    "[-s SIZE] [-S STEP] [-t CACHE] [-w] [-U] [--object OBJECT] [--image-opts] FILENAME",
+    "[OPTIONS] [-c COUNT] [-d DEPTH] [-o OFFSET] [-s SIZE] [-S STEP] [-w] FILENAME",
     (
         Option("count", "c", "", "COUNT", "number of requests (default: 75000)"),
         Option("depth", "d", "", "DEPTH", "requests under way at a time (default: 64)"),

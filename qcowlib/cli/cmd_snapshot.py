@@ -25,8 +25,7 @@ from qcowlib.errors import FormatError, NoSuchSnapshot, QcowError
 
 SYNTAX = Syntax(
     "snapshot",
-    "[--object OBJECT] [--image-opts] [-f FMT] [-U] [-q] "
-    "[-l [--output=OFMT] | -a SNAPSHOT | -c NAME | -d NAME | [-n] --export DIR | [-n] --import CHAIN] FILE",
+    "[OPTIONS] [-l | -a SNAPSHOT | -c NAME | -d NAME | [-n] --export DIR | [-n] --import CHAIN] FILE",
     (
         FORMAT,
         Option("list", "l", "list", None, "list the snapshots, also without any of these; times are local"),
