@@ -2,6 +2,7 @@
 
 import os
 import platform
+import signal
 import time
 from collections import Counter
 from pathlib import Path
@@ -16,6 +17,10 @@ from tests.corpus import archives
 # Times in text are compared with the stock tools', which run with the same settings.
 os.environ |= {"LC_ALL": "C", "TZ": "UTC"}
 time.tzset()
+
+# A shell starts what runs in the background with Ctrl-C ignored, and programs inherit that: tests send them the signal.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Deadlines per example measure the machine's other load, not us. The examples are the same in each run of the check.
 hypothesis.settings.register_profile("check", deadline=None, derandomize=True, print_blob=True)

@@ -260,6 +260,7 @@ BITMAPS = st.lists(
         name=NAME,
         extra_data=st.binary(max_size=20),
     ),
+    min_size=1,  # a directory that says nothing is damage
     max_size=5,
 )
 
