@@ -46,9 +46,9 @@ MAX_CLUSTERS = 1 << 14  # of a layer, from its beginning: sizes can be damaged a
 
 
 class Layer(NamedTuple):
-    """What can be read of one layer: id of the snapshot (empty: active), its L1 table, digests by guest cluster."""
+    """What can be read of one layer: id of the snapshot (None: active), its L1 table, digests by guest cluster."""
 
-    id: str
+    id: str | None
     l1_offset: int
     clusters: dict[int, bytes]
 
@@ -80,7 +80,7 @@ def content(path: Path) -> list[Layer]:
             return []
     with image:
         assert isinstance(image, Qcow2Image)
-        layers = [Layer("", 0, _read_layer(image))]
+        layers = [Layer(None, 0, _read_layer(image))]
         try:
             snapshots = image.snapshots
         except QcowError:
@@ -109,7 +109,7 @@ def _read_layer(layer: MappedLayer) -> dict[int, bytes]:
 def same_layer(layers: list[Layer], wanted: Layer) -> dict[int, bytes]:
     """The clusters of a layer in another list: the one with the same L1 table, else with the same id."""
     for layer in layers:
-        if layer.l1_offset == wanted.l1_offset and (layer.id == "") == (wanted.id == ""):
+        if layer.l1_offset == wanted.l1_offset and (layer.id is None) == (wanted.id is None):
             return layer.clusters
     return next((layer.clusters for layer in layers if layer.id == wanted.id), {})
 
