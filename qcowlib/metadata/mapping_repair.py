@@ -58,6 +58,7 @@ from qcowlib.storage.overlay import OverlayStorage
 from qcowlib.storage.protocol import ReadStorage
 
 MAX_LOST_RANGES = 100_000
+_MOST_LOOKS = 256  # tables that are looked at to judge an L1 table
 _MAX_ROUNDS = 32  # of resolving overlaps: each round takes claims away
 _FIXED_PLACES = ("header", "encryption header")
 _BITMAPS = ("bitmap directory", "bitmap table", "bitmap data")
@@ -221,8 +222,14 @@ class MappingRepair:
             self.rescued.rewrite = True
             self.actions.append(f"{layer.name}: L1 table cut to the {needed} entries that it needs")
             return True
-        if sound and other in ("L2 table", "guest data"):
+        if sound and other in ("L2 table", "guest data") and self._leads_to_tables(l1):
             return False  # the entry that refers to this place is wrong
+        found = self._lost_l1_table(layer.snapshot)
+        if found is not None:
+            self.rescued.entries[layer.snapshot] = replace(entry, l1_table_offset=found)
+            self.rescued.rewrite = True
+            self.actions.append(f"{layer.name}: the L1 table at {found:#x} was found again")
+            return True
         del self.rescued.entries[layer.snapshot]
         text = f"Repairing {layer.name} l1_offset={layer.offset:#x}: L1 table lies on the {other}"
         self.rescued.drop("overlap", text, layer.name)
@@ -254,6 +261,22 @@ class MappingRepair:
         words = np.frombuffer(read_padded(self.overlay, cluster << self.geometry.cluster_bits, self.size), ENTRY_DTYPE)
         wrong = words != mend_l2(words, self.rules).words
         return 2 * int(wrong.sum()) > int((words != 0).sum())
+
+    def _lost_l1_table(self, snapshot: int) -> int | None:
+        """The place of the L1 table of a snapshot whose entry names another one, where there is no doubt about it."""
+        entry = self.rescued.entries[snapshot]
+        others = [one for index, one in enumerate(self.rescued.entries) if index != snapshot]
+        found = census(Qcow2State(self.overlay, self.header), replace(self.rescued, entries=others))
+        if found.stopped is not None:
+            return None
+        places = LostTables(self.overlay, self.header, self.rules, found).l1_tables(entry.l1_size)
+        return places[0] if len(places) == 1 else None
+
+    def _leads_to_tables(self, l1: Entries) -> bool:
+        """Whether what an L1 table names are L2 tables for the most part: an L2 table is no L1 table of a snapshot."""
+        named = np.unique(offsets(l1))[-_MOST_LOOKS:]
+        named = named[named != 0] >> self.geometry.cluster_bits
+        return 2 * sum(self._is_no_table(cluster) for cluster in named.tolist()) <= len(named)
 
     # -- mending in place
 

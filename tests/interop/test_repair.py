@@ -119,3 +119,15 @@ def test_random_damage(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     """A few of the cases of tools/repair_trial.py: no content is lost, nothing goes wrong."""
     monkeypatch.setattr("sys.argv", ["repair_trial.py", "--cases", "25", "--seed", "7"])
     assert trial() == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "wide-refcounts:139264=0000000000020000",  # a snapshot's L1 table is said to be where the active L2 table is
+        "subclusters:295200=0000000000000000,278540=0000,32782=f857,278544=00000010",  # a snapshot without an id
+    ],
+)
+def test_cases_in_which_content_was_lost_once(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["repair_trial.py", "--case", case])
+    assert trial() == 0
