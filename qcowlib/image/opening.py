@@ -258,7 +258,10 @@ def _reference_storage(reference: Reference, request: _Request) -> ReadStorage:
         storage: ReadStorage = NullStorage(reference.zeroes, reference.path)
     else:
         storage = open_local(
-            reference.path, writable=request.writable or request.writes_file, force_share=request.force_share
+            reference.path,
+            writable=request.writable or request.writes_file,
+            force_share=request.force_share,
+            lock=reference.locked,
         )
     with ExitStack() as undo:
         undo.callback(storage.close)

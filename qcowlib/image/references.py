@@ -77,6 +77,7 @@ class Reference:
         backing: None when the image's own header decides; else the description's word on the backing file.
         data_file: None when the image's own header decides; else the external data file.
         zeroes: bytes of a disk of zeroes that no file is behind; None for a file.
+        locked: the file is opened under QEMU's image locks; False is "locking=off", somebody's express wish.
         faulty: requests shall fail on demand (blkdebug): its guest data is not to be had here.
         key_secret: id of the secret with the passphrase (`encrypt.key-secret`).
         passphrase: of this image alone; None leaves it to the one that is given for all layers.
@@ -88,6 +89,7 @@ class Reference:
     backing: BackingOverride | None = None
     data_file: Reference | None = None
     zeroes: int | None = None
+    locked: bool = True
     faulty: bool = False
     key_secret: str | None = None
     passphrase: bytes | None = field(default=None, repr=False)
@@ -294,8 +296,19 @@ def _file_reference(options: dict[str, Any], name: str) -> Reference:
         # Without a driver QEMU takes the name as a user's file name, protocols included.
         if filename.startswith("json:"):
             raise ChainError(f"the JSON options of '{name}' hold another description as a file name")
-        return _protocol_reference(filename) if has_protocol(filename) else Reference(filename)
-    return Reference(filename)
+        reference = _protocol_reference(filename) if has_protocol(filename) else Reference(filename)
+        return replace(reference, locked=_locked(options, name))
+    return Reference(filename, locked=_locked(options, name))
+
+
+def _locked(options: dict[str, Any], name: str) -> bool:
+    locking = options.get("locking", "auto")
+    if locking not in ("auto", "on", "off"):
+        raise ChainError(
+            f"the JSON options of '{name}' give no usable locking",
+            stock=f"invalid parameter value: {locking}",
+        )
+    return bool(locking != "off")
 
 
 def _backing_override(options: dict[str, Any], name: str, depth: int) -> BackingOverride | None:

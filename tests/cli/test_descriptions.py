@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import qcowlib
 from tests.cli.side_by_side import Pair, assert_same, ours, pair  # noqa: F401 - pair is a fixture
 from tests.oracle import qemu_img, run
 
@@ -160,3 +161,13 @@ def test_a_raw_data_file_that_is_longer_than_the_disk(tmp_path: Path) -> None:
     qemu_img("convert", "-O", "raw", "image", "raw", cwd=tmp_path)
     assert (tmp_path / "raw").read_bytes() == expected
     qemu_img("check", "image", cwd=tmp_path)
+
+
+@pytest.mark.parametrize("locking", ["on", "off", "maybe"])
+def test_locks_can_be_declined(tmp_path: Path, locking: str) -> None:
+    """An image that somebody writes is opened by who says locking=off, as by qemu-img; else it is refused."""
+    qemu_img("create", "-q", "-f", "qcow2", "image", "1M", cwd=tmp_path)
+    words = ["--image-opts", f"driver=qcow2,file.driver=file,file.filename=image,file.locking={locking}"]
+    with qcowlib.open_image(tmp_path / "image", writable=True):
+        said = assert_same(tmp_path, "info", *words)
+    assert said.code == (0 if locking == "off" else 1)
