@@ -1,11 +1,13 @@
 """What L2 tables refer to, and what is wrong with their entries: a pure function over rows of words.
 
     words of n tables --> runs           tables that map one contiguous run: all that is known of them is where
+                          pieces         tables that map few runs: where each of these is
                           clusters       the host clusters that the entries of all other tables refer to
                           allocated, compressed, fragmented    guest clusters by table, as qemu-img counts them
                           problems       damaged entries, in the order of the table
 
-A table that maps one run costs a subtraction and a comparison for each entry; only the others are taken apart.
+A table that maps one run, or few, costs a subtraction and two comparisons for each entry; only the others are taken
+apart.
 Texts are the lines that `qemu-img check` 7.2 prints for the same entries.
 """
 
@@ -20,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qcowlib.addresses import Geometry
+from qcowlib.format.constants import MAX_HOST_OFFSET
 from qcowlib.format.entries import (
     L2_OFFSET_MASK,
     OFLAG_COPIED,
@@ -35,10 +38,12 @@ from qcowlib.format.entries import (
     offsets,
     reserved_bits_many,
 )
+from qcowlib.metadata.reference_counts import ReferenceCounts
 from qcowlib.metadata.references import split_words
 
 BoolArray = npt.NDArray[np.bool_]
 
+_ENTRIES_PER_PIECE = 64  # with shorter runs on average, counting them one by one takes as long
 _RUN_FLAGS = OFLAG_COPIED | L2_OFFSET_MASK  # entries of a run have no other bits
 
 
@@ -78,7 +83,9 @@ class L2Scan:
         run_first: first host cluster of each such run (int64); it is l2_entries long.
         run_copied: whether its entries have the COPIED flag.
         other_rows: rows of the other tables that are not empty (int64).
-        clusters: host clusters that the other tables refer to, each as often as it is (int64).
+        piece_first, piece_length: first host cluster and number of clusters of the runs in those of the other tables
+            that map few of them (int64).
+        clusters: host clusters that the rest of the other tables refer to, each as often as it is (int64).
         allocated, compressed, fragmented: guest clusters of each table (int64, n).
         problems: damaged entries; details of the first ones only.
         problem_counts: all damaged entries by code and row.
@@ -88,12 +95,22 @@ class L2Scan:
     run_first: Int64Array
     run_copied: BoolArray
     other_rows: Int64Array
+    piece_first: Int64Array
+    piece_length: Int64Array
     clusters: Int64Array
     allocated: Int64Array
     compressed: Int64Array
     fragmented: Int64Array
     problems: list[Problem] = field(default_factory=list)
     problem_counts: Counter[tuple[str, int]] = field(default_factory=Counter)
+
+    def count_in(self, counts: ReferenceCounts, l2_entries: int, times: int) -> None:
+        """Count what the tables refer to, each `times`; not for tables of an image with an external data file."""
+        for first in self.run_first.tolist():
+            counts.add_run(first, first + l2_entries, times)
+        for first, length in zip(self.piece_first.tolist(), self.piece_length.tolist(), strict=True):
+            counts.add_run(first, first + length, times)
+        counts.add(self.clusters, times)
 
 
 def scan_tables(words: Entries, rules: ScanRules, detail: int) -> L2Scan:
@@ -111,6 +128,7 @@ class TableScanner:
 
     def __init__(self, rules: ScanRules, max_tables: int) -> None:
         self._rules = rules
+        self._limit = MAX_HOST_OFFSET + 1 if rules.has_data_file else rules.file_end
         steps = (max_tables, rules.geometry.l2_entries - 1)
         self._step = np.empty(steps, dtype=np.uint64)
         self._regular = np.empty(steps, dtype=np.bool_)
@@ -130,17 +148,21 @@ class TableScanner:
         if len(rest):
             rest = rest[words[rest].any(axis=1)]
         first = entries[run_rows, 0]
-        zeroes = np.zeros(len(entries), dtype=np.int64)
+        zeroes, none = np.zeros(len(entries), dtype=np.int64), np.zeros(0, dtype=np.int64)
         scan = L2Scan(
             run_rows=run_rows,
             run_first=offsets(first) >> geometry.cluster_bits,
             run_copied=flagged(first, OFLAG_COPIED),
             other_rows=rest,
-            clusters=np.zeros(0, dtype=np.int64),
+            piece_first=none,
+            piece_length=none,
+            clusters=none,
             allocated=runs * np.int64(geometry.l2_entries),
             compressed=zeroes,
             fragmented=zeroes,
         )
+        if len(rest) and bitmaps is None:
+            rest = rest[~self._take_pieces(entries[rest], rest, scan)]
         if len(rest):
             _OtherTables(entries, bitmaps, rest, self._rules, scan, detail).scan()
         return scan
@@ -151,11 +173,9 @@ class TableScanner:
         first, last = entries[:, 0], entries[:, -1]
         runs: BoolArray = (first & np.uint64(~(_RUN_FLAGS & -size) & (1 << 64) - 1)) == 0
         runs &= last - first == np.uint64((count - 1) * size)
-        if self._rules.has_data_file:
-            runs &= flagged(first, OFLAG_COPIED)
-        else:
-            start = offsets(first)
-            runs &= (start > 0) & (start + (count - 1) * size < self._rules.file_end)
+        start = offsets(first)
+        runs &= flagged(first, OFLAG_COPIED) if self._rules.has_data_file else start > 0
+        runs &= start + (count - 1) * size < self._limit
         if not runs.any():
             return runs
         chosen: slice | Int64Array = slice(None) if runs.all() else np.flatnonzero(runs)
@@ -168,6 +188,40 @@ class TableScanner:
             kinds = np.array(ClusterType.NORMAL, dtype=np.uint8)
             runs[chosen] &= ~invalid_bitmaps(kinds, bitmaps[chosen]).any(axis=1)
         return runs
+
+    def _take_pieces(self, tables: Entries, rows: Int64Array, scan: L2Scan) -> BoolArray:
+        """Add the runs of those tables (at `rows` of the batch) that map few of them and no more; which these are."""
+        geometry = self._rules.geometry
+        size, count = geometry.cluster_size, geometry.l2_entries
+        # An entry that is empty, or a zero cluster without a place, goes on with its like; a data cluster by its size.
+        bare = np.uint64(OFLAG_ZERO if self._rules.version >= 3 else 0)
+        left, step = tables[:, :-1], self._step[: len(tables)]
+        np.subtract(tables[:, 1:], left, out=step)
+        heads = np.ones(tables.shape, dtype=np.bool_)
+        np.not_equal(step, np.where(left <= bare, np.uint64(0), np.uint64(size)), out=heads[:, 1:])
+        few: BoolArray = np.count_nonzero(heads, axis=1) * _ENTRIES_PER_PIECE <= count
+        if not few.any():
+            return few
+        heads[~few] = False
+        row, index = np.nonzero(heads)
+        stop = np.append(index[1:], count)
+        stop[np.append(row[1:] != row[:-1], True)] = count
+        first, length = tables[row, index], stop - index
+        host, used = offsets(first), first > bare
+        allowed = np.uint64(OFLAG_COPIED | L2_OFFSET_MASK & -size)
+        sound = (first & ~allowed) == 0
+        sound &= flagged(first, OFLAG_COPIED) if self._rules.has_data_file else host != 0
+        # A run's last cluster begins inside the file: so do all before it, and no sum has reached the flags.
+        sound &= host + (length - 1) * size < self._limit
+        few[row[used & ~sound]] = False
+        kept = np.flatnonzero(used & few[row])
+        row, host, length = rows[row[kept]], host[kept], length[kept]
+        jumps = (row[1:] == row[:-1]) & (host[1:] != host[:-1] + length[:-1] * size)
+        np.add.at(scan.allocated, row, length)
+        scan.fragmented = scan.fragmented + np.bincount(row[1:][jumps], minlength=len(scan.fragmented))
+        if not self._rules.has_data_file:
+            scan.piece_first, scan.piece_length = host >> geometry.cluster_bits, length
+        return few
 
 
 class _OtherTables:

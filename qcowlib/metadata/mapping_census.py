@@ -239,9 +239,7 @@ class _MappingCensus:
         tables.empty[run_tables] = False
         tables.empty[batch[scan.other_rows]] = False
         if not self.header.has_data_file:
-            for first in scan.run_first.tolist():
-                self.ledger.references.add_run(first, first + self.geometry.l2_entries, times)
-            self.ledger.references.add(scan.clusters, times)
+            scan.count_in(self.ledger.references, self.geometry.l2_entries, times)
             if len(scan.clusters):
                 self.ledger.clusters = max(self.ledger.clusters, int(scan.clusters.max()) + 1)
         active = tables.active_uses[batch]

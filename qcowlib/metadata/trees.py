@@ -239,10 +239,7 @@ def _add_scan(counts: ReferenceCounts, scan: L2Scan, batch: L2Batch, state: Qcow
         )
     if state.header.has_data_file:
         return
-    entries = state.geometry.l2_entries
-    for first in scan.run_first.tolist():
-        counts.add_run(first, first + entries, times)
-    counts.add(scan.clusters, times)
+    scan.count_in(counts, state.geometry.l2_entries, times)
 
 
 def _spans(counts: ReferenceCounts) -> list[tuple[int, npt.NDArray[np.integer]]]:

@@ -9,6 +9,7 @@ import pytest
 from qcowlib.addresses import Geometry
 from qcowlib.format.entries import ClusterType, classify_one, compressed_location, reserved_bits
 from qcowlib.metadata.l2_scan import ScanRules, TableScanner, beyond_text, scan_tables
+from qcowlib.metadata.reference_counts import ReferenceCounts
 from tests.unit.metadata.sketch import COMPRESSED, COPIED
 
 OFFSET = 0x00FF_FFFF_FFFF_FE00
@@ -65,12 +66,12 @@ def slow_scan(table: list[tuple[int, int]], rules: ScanRules) -> tuple[Counter[i
 
 
 def random_table(choose: random.Random, geometry: Geometry) -> list[tuple[int, int]]:
-    """A table: empty, one run, a run with some entries changed, or scattered."""
+    """A table: empty, one run, several, a run with some entries changed, or scattered."""
     size = geometry.cluster_size
     flags = choose.choice((0, COPIED, COPIED, 1))
     start = choose.randrange(4, 60) * size
     table = [(start + index * size | flags, 0xFFFF_FFFF) for index in range(geometry.l2_entries)]
-    kind = choose.randrange(5)
+    kind = choose.randrange(8)
     if kind == 0:
         table = [(0, 0)] * geometry.l2_entries
     if kind == 1:
@@ -78,6 +79,13 @@ def random_table(choose: random.Random, geometry: Geometry) -> list[tuple[int, i
     if kind == 2:
         start = choose.randrange(4, 100) * 512
         table = [(start + index * size | flags, 0) for index in range(geometry.l2_entries)]
+    if kind >= 5:
+        table = []
+        while len(table) < geometry.l2_entries:
+            first, step = choose.choice(((0, 0), (1, 0), (choose.randrange(1, 60) * size | flags, size)))
+            length = choose.randrange(1, geometry.l2_entries // 2)
+            table += [(first + index * step, 0) for index in range(length)]
+        del table[geometry.l2_entries :]
     for _ in range(choose.choice((0, 0, 1, 5, 30))):
         index = choose.randrange(geometry.l2_entries)
         entry, bitmap = table[index]
@@ -105,12 +113,15 @@ def random_table(choose: random.Random, geometry: Geometry) -> list[tuple[int, i
         (Geometry(14, extended_l2=True), 3, True),
     ],
 )
-def test_tables_are_scanned_as_entry_by_entry(geometry: Geometry, version: int, has_data_file: bool) -> None:
+def test_tables_are_scanned_as_entry_by_entry(
+    geometry: Geometry, version: int, has_data_file: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qcowlib.metadata.l2_scan._ENTRIES_PER_PIECE", 8)
     choose = random.Random(geometry.cluster_bits * 10 + version + has_data_file)
     rules = ScanRules(geometry, version, has_data_file, (geometry.l2_entries + 50) * geometry.cluster_size)
     scanner = TableScanner(rules, 4)
-    runs = problems = 0
-    for _ in range(60):
+    runs = pieces = problems = 0
+    for _ in range(100):
         tables = [random_table(choose, geometry) for _ in range(choose.randrange(1, 5))]
         words = np.array(
             [[word for pair in table for word in (pair if geometry.extended_l2 else pair[:1])] for table in tables],
@@ -119,10 +130,13 @@ def test_tables_are_scanned_as_entry_by_entry(geometry: Geometry, version: int, 
         if not geometry.extended_l2:
             tables = [[(entry, 0) for entry, _ in table] for table in tables]
         scan = scanner.scan(words, 1 << 30)
-        references: Counter[int] = Counter(scan.clusters.tolist())
-        if not has_data_file:
-            for first in scan.run_first.tolist():
-                references.update(range(first, first + geometry.l2_entries))
+        counts = ReferenceCounts()
+        if has_data_file:
+            assert not len(scan.clusters) + len(scan.piece_first)
+        else:
+            scan.count_in(counts, geometry.l2_entries, 1)
+        clusters, times = counts.above(0)
+        references = Counter(dict(zip(clusters.tolist(), times.tolist(), strict=True)))
         expected = [slow_scan(table, rules) for table in tables]
         assert references == sum((result[0] for result in expected), Counter())
         numbers = zip(scan.allocated.tolist(), scan.compressed.tolist(), scan.fragmented.tolist(), strict=True)
@@ -136,8 +150,10 @@ def test_tables_are_scanned_as_entry_by_entry(geometry: Geometry, version: int, 
         empty = {row for row, table in enumerate(tables) if not any(entry or bitmap for entry, bitmap in table)}
         assert {*scan.run_rows.tolist(), *scan.other_rows.tolist()} == set(range(len(tables))) - empty
         runs += len(scan.run_rows)
+        pieces += len(scan.piece_first)
         problems += len(scan.problems)
     assert runs > 10
+    assert pieces > 10 or geometry.extended_l2 or has_data_file
     assert problems > 100
 
 
