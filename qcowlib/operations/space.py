@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from qcowlib.errors import CorruptMetadata, ImageStateError
 from qcowlib.format.entries import L1_OFFSET_MASK, Entries, Int64Array, offsets
@@ -22,12 +21,8 @@ from qcowlib.format.snapshot_table import SnapshotEntry, build_snapshot_table
 from qcowlib.image.qcow2 import Qcow2Image
 from qcowlib.metadata.census import Census, census
 from qcowlib.metadata.reference_counts import ReferenceCounts, distinct
-from qcowlib.metadata.references import empty_words, read_tables, require_sound_tables
-from qcowlib.metadata.runs import find_runs
 from qcowlib.metadata.state import Qcow2State, load_l1
 from qcowlib.metadata.trees import count_tree
-
-_BATCH_BYTES = 4 << 20  # of L2 tables that are read at a time
 
 
 @dataclass(frozen=True)
@@ -167,48 +162,12 @@ class _StateCounter:
             known = (named != 0) & (self._tables.host_offset[place] == named)
             run_first[known] = self._tables.run_first[place[known]]
         in_runs = run_first >= 0
-        counts = ReferenceCounts(self._state.geometry.refcount_block_bits)
-        slow = self._count_by_runs(counts, l1, named, in_runs)
+        counts = count_tree(self._state, l1[~in_runs])
         counts.add(named[in_runs] >> self._state.geometry.cluster_bits)
         if not self._state.header.has_data_file:
             for first in run_first[in_runs].tolist():
                 counts.add_run(first, first + self._state.geometry.l2_entries)
-        if slow.any():
-            entry_by_entry = count_tree(self._state, l1[slow])
-            for index in entry_by_entry.chunks():
-                chunk = entry_by_entry.chunk(index)
-                assert chunk is not None
-                counts.add_counts(index << counts.chunk_bits, chunk.astype(np.int64))
         return counts
-
-    def _count_by_runs(
-        self, counts: ReferenceCounts, l1: Entries, named: Int64Array, in_runs: npt.NDArray[np.bool_]
-    ) -> npt.NDArray[np.bool_]:
-        """Count the tables that are few runs; returns which L1 entries name others, to be counted entry by entry."""
-        state, geometry = self._state, self._state.geometry
-        slow: npt.NDArray[np.bool_] = (l1 != 0) & ~in_runs
-        if geometry.extended_l2 or state.header.has_data_file:
-            return slow
-        require_sound_tables(state.storage, geometry, l1)
-        wanted = np.flatnonzero(slow & (named != 0))
-        per_batch = max(1, _BATCH_BYTES >> geometry.cluster_bits)
-        for start in range(0, len(wanted), per_batch):
-            batch = wanted[start : start + per_batch]
-            words = empty_words(len(batch), geometry)
-            read_tables(state.storage, geometry, named[batch], words)
-            for place, table in zip(batch.tolist(), words, strict=True):
-                runs = find_runs(table, state.rules)
-                if runs is None:
-                    continue
-                slow[place] = False
-                cluster = int(named[place]) >> geometry.cluster_bits
-                counts.add_run(cluster, cluster + 1)
-                heads, hosts = runs
-                stops = np.append(heads[1:], geometry.l2_entries)
-                for host, length in zip(hosts.tolist(), (stops - heads).tolist(), strict=True):
-                    if host >= 0:
-                        counts.add_run(host >> geometry.cluster_bits, (host >> geometry.cluster_bits) + length)
-        return slow
 
     def _compare(self, parts: list[ReferenceCounts]) -> tuple[int, int]:
         """Clusters that the state holds alone, and those that it shares."""
