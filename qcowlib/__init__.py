@@ -61,7 +61,14 @@ if TYPE_CHECKING:
     )
     from qcowlib.operations.chain_export import ExportedState, export_chain, import_chain, plan_export, plan_import
     from qcowlib.operations.chain_merge import MergePlan, merge_layer, plan_merge
-    from qcowlib.operations.chain_walk import ChainLink, ChainProblem, ChainReport, examine_chain
+    from qcowlib.operations.chain_walk import (
+        ChainLink,
+        ChainProblem,
+        ChainReport,
+        backing_path,
+        based_on,
+        examine_chain,
+    )
     from qcowlib.operations.check import check
     from qcowlib.operations.commit import allocated_bytes, commit, make_empty
     from qcowlib.operations.compact import compact_image
@@ -148,6 +155,8 @@ __all__ = [
     "amend",
     "apply_snapshot",
     "attach_vmstate",
+    "backing_path",
+    "based_on",
     "bitmaps_size",
     "carry_out_repair",
     "changed_extents",
@@ -214,7 +223,9 @@ _MODULES = {
     ),
     "qcowlib.operations.chain_export": ("ExportedState", "export_chain", "import_chain", "plan_export", "plan_import"),
     "qcowlib.operations.chain_merge": ("MergePlan", "merge_layer", "plan_merge"),
-    "qcowlib.operations.chain_walk": ("ChainLink", "ChainProblem", "ChainReport", "examine_chain"),
+    "qcowlib.operations.chain_walk": (
+        "ChainLink", "ChainProblem", "ChainReport", "backing_path", "based_on", "examine_chain",
+    ),
     "qcowlib.operations.check": ("check",),
     "qcowlib.operations.compact": ("compact_image",),
     "qcowlib.operations.commit": ("allocated_bytes", "commit", "make_empty"),

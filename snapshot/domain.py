@@ -8,6 +8,7 @@ disks: a running guest whose socket was not given must not be touched.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -436,15 +437,10 @@ def backing_paths(path: str) -> list[str]:
 
 
 def backing_path(path: str) -> str | None:
-    """Absolute path of the backing file that a qcow2 file names; None when there is none or it is no plain file."""
-    try:
-        with qcowlib.open_image(path, format="qcow2", open_backing=False, force_share=True) as image:
-            name = getattr(image, "header").backing_file  # noqa: B009 - raw images have no header
-    except qcowlib.QcowError:
-        return None
-    if name is None or name.startswith("json:") or ":" in name.split("/", 1)[0]:
-        return None
-    return os.path.abspath(os.path.join(os.path.dirname(path), name))
+    """Absolute path of the backing file that a qcow2 file names; None when there is none or it is no whole file."""
+    with contextlib.suppress(qcowlib.QcowError):
+        return qcowlib.backing_path(path)
+    return None
 
 
 def same_file(one: str, other: str) -> bool:

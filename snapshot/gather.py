@@ -43,7 +43,7 @@ def delete_request(
         facts=facts,
         options=options,
         layers=layers,
-        files={path: _file_facts(path, based) for path, based in offline.dependents(files, known).items()},
+        files={path: _file_facts(path, based) for path, based in qcowlib.based_on(files, known).items()},
         described={} if description is None else {disk.target: disk.path for disk in description.disks},
         made=journal.made(),
         token=secrets.token_hex(4),
@@ -92,7 +92,7 @@ def revert_request(
     files = [disk.file for disk in disks]
     known = known_files(catalog, facts)
     wanted = [*files, snapshot.memory.file] if options.disks is None else files
-    dependents = offline.dependents(files, known)
+    dependents = qcowlib.based_on(files, known)
     frozen = {d.file for one in catalog.load() for d in one.disks if d.mode is DiskMode.EXTERNAL}
     tops = {one.disk.path: one.snapshots for one in facts.disks}
     inside = [disk for disk in disks if disk.mode is DiskMode.INTERNAL and os.path.exists(disk.file)]

@@ -145,7 +145,7 @@ def remove_file(session: Session, arguments: Arguments) -> None:
     if arguments["image"]:
         entries = [disk for snapshot in session.store.load() for disk in snapshot.disks]
         known = {name for disk in entries for name in (disk.file, disk.overlay) if name is not None}
-        based = offline.dependents([path], {*known, *session.journal.layers().values()})[path]
+        based = qcowlib.based_on([path], {*known, *session.journal.layers().values()})[path]
         if based:
             raise DomainSnapshotError(f"'{path}' stays: '{based[0]}' is based on it")
         if session.alive() and BlockGraph.query(session.qmp).find(path) is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Protocol
 
 import qcowlib
@@ -82,27 +82,6 @@ def is_fresh_overlay(path: str, base: str | None) -> bool:
         return False
     below = backing_path(path)
     return below is base if below is None or base is None else same_file(below, base)
-
-
-def dependents(paths: Iterable[str], known: Iterable[str]) -> dict[str, list[str]]:
-    """For each of some files, those that are based directly on it: among those known, and in the directories of all.
-
-    Args:
-        paths: the files that others may be based on.
-        known: other files that the domain has, or had.
-    """
-    found: dict[str, list[str]] = {path: [] for path in paths}
-    candidates = {os.path.abspath(name) for name in (*known, *found)}
-    for directory in {os.path.dirname(name) for name in candidates}:
-        with contextlib.suppress(OSError), os.scandir(directory) as entries:
-            candidates.update(entry.path for entry in entries if entry.is_file())
-    for candidate in sorted(candidates):
-        with contextlib.suppress(OSError):
-            below = backing_path(candidate) if format_of(candidate) == "qcow2" else None
-            for path, based in found.items():
-                if below is not None and same_file(below, path) and not same_file(candidate, path):
-                    based.append(candidate)
-    return found
 
 
 def data_bytes(path: str) -> int:

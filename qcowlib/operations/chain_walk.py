@@ -120,7 +120,7 @@ def _follow(link: ChainLink, seen: list[str], policy: OpenPolicy, report: ChainR
     assert link.stated is not None
     try:
         below = backing_reference(link.stated, link.stated_format, link.path)
-        if below.windows or below.zeroes is not None or below.backing is not None:
+        if not _is_plain(below):
             raise ChainError(f"'{link.stated}' describes more than a file: it is not followed here")
         policy.admit(FileRequest("backing file", below.path, link.path))
     except QcowError as error:
@@ -177,8 +177,20 @@ def _rebase(overlay: str, base: str, image_format: str) -> str:
     return join(["qcow", "rebase", "-u", "-b", base, "-F", image_format, overlay])
 
 
+def backing_path(path: str) -> str | None:
+    """Absolute path of the file that a qcow2 image is based on, by its header; the image may be in use.
+
+    None where it has none, where the name does not describe local files, or describes anything but one whole file.
+
+    Raises:
+        QcowError: the image cannot be opened.
+    """
+    below = _below(path)
+    return os.path.abspath(below.path) if below is not None and _is_plain(below) else None
+
+
 def based_on(paths: Iterable[str], known: Iterable[str] = ()) -> dict[str, list[str]]:
-    """For each of some files the images that are based directly on it.
+    """For each of some files the images that are based directly on it, or on a part of it.
 
     Args:
         paths: files that others may be based on.
@@ -191,9 +203,21 @@ def based_on(paths: Iterable[str], known: Iterable[str] = ()) -> dict[str, list[
             candidates.update(entry.path for entry in entries if entry.is_file())
     for candidate in sorted(candidates):
         with suppress(QcowError, OSError):
-            link = _read_link(candidate)
-            below = None if link.stated is None else backing_reference(link.stated, link.stated_format, candidate).path
+            below = _below(candidate)
             for path, users in found.items():
-                if below is not None and same_file(below, path) and not same_file(candidate, path):
+                if below is not None and same_file(below.path, path) and not same_file(candidate, path):
                     users.append(candidate)
     return found
+
+
+def _below(path: str) -> Reference | None:
+    """What an image names as its backing file, if that describes local files."""
+    link = _read_link(path)
+    with suppress(ChainError):
+        return None if link.stated is None else backing_reference(link.stated, link.stated_format, path)
+    return None
+
+
+def _is_plain(below: Reference) -> bool:
+    """Whether a reference is to the whole of one file."""
+    return not below.windows and below.zeroes is None and below.backing is None

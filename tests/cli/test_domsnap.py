@@ -370,6 +370,22 @@ def test_revert_and_delete_of_a_domain_that_is_off(domsnap: Any, domain: Path) -
     assert_clean(disk)
 
 
+def test_a_base_is_not_changed_under_an_overlay_that_describes_it(domsnap: Any, domain: Path) -> None:
+    disk, where = domain.parent / "a.qcow2", ["-f", domain]
+    with qcowlib.open_image(disk, writable=True) as image:
+        image.write(0, b"first")
+    assert domsnap("create", "s1", "--disk-only", "--external", "--disk", "vdb:no", *where).code == 0
+    overlay = domain.parent / "a.s1.qcow2"
+    with qcowlib.open_image(overlay, writable=True, policy=qcowlib.LocalFiles()) as image:
+        image.write(0, b"later")
+    backing = "json:" + json.dumps({"driver": "qcow2", "file": {"driver": "file", "filename": str(disk)}})
+    qemu_img("create", "-q", "-u", "-f", "qcow2", "-b", backing, "-F", "qcow2", domain.parent / "other.qcow2", "1M")
+    result = domsnap("delete", "s1", *where)
+    assert (result.code, result.out) == (0, "deleted snapshot 's1'\n"), result.err
+    states = [first_bytes(path) for path in (disk, domain.parent / "other.qcow2", overlay)]
+    assert states == [b"first", b"first", b"later"]
+
+
 # --- Memory
 
 

@@ -177,6 +177,34 @@ def test_the_doctor(tmp_path: Path) -> None:
     assert "missing:" in loop.out
 
 
+def test_every_way_to_name_a_base_is_found(tmp_path: Path) -> None:
+    qemu_img("create", "-q", "-f", "qcow2", "base", "1M", cwd=tmp_path)
+    base, other = tmp_path / "base", tmp_path / "elsewhere"
+    other.mkdir()
+    (other / "link").symlink_to(base)
+    file = {"driver": "file", "filename": str(base)}
+    window = {"driver": "raw", "offset": 65536, "file": file}
+    names = {
+        "plain": "base",
+        "absolute": str(base),
+        "protocol": f"file:{base}",
+        "description": "json:" + json.dumps({"driver": "qcow2", "file": file}),
+        "part": "json:" + json.dumps(window),
+        "link": str(other / "link"),
+    }
+    for name, backing in names.items():
+        qemu_img("create", "-q", "-u", "-f", "qcow2", "-b", backing, "-F", "raw" if name == "part" else "qcow2", name,
+                 "1M", cwd=tmp_path)  # fmt: skip
+    qemu_img("create", "-q", "-u", "-f", "qcow2", "-b", str(base), "-F", "qcow2", other / "known", "1M")
+    users = sorted(str(tmp_path / name) for name in names)
+    assert sorted(qcowlib.based_on([str(base)])[str(base)]) == users
+    assert sorted(qcowlib.based_on([str(base)], [str(other / "known")])[str(base)]) == sorted(
+        [*users, str(other / "known")]
+    )
+    below = {name: qcowlib.backing_path(str(tmp_path / name)) for name in ("base", *names)}
+    assert below == {**dict.fromkeys(names, str(base)), "base": None, "part": None, "link": str(other / "link")}
+
+
 def test_loops_and_formats(tmp_path: Path) -> None:
     make_chain(tmp_path)
     qemu_img("rebase", "-u", "-b", "top", "-F", "qcow2", "base", cwd=tmp_path)
