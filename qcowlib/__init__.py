@@ -62,10 +62,11 @@ if TYPE_CHECKING:
     from qcowlib.operations.chain_export import ExportedState, export_chain, import_chain, plan_export, plan_import
     from qcowlib.operations.chain_merge import MergePlan, merge_layer, plan_merge
     from qcowlib.operations.chain_walk import (
+        BackingFile,
         ChainLink,
         ChainProblem,
         ChainReport,
-        backing_path,
+        backing_file,
         based_on,
         examine_chain,
     )
@@ -96,6 +97,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BackingFile",
     "BitmapError",
     "BlockImage",
     "BytesStorage",
@@ -155,7 +157,7 @@ __all__ = [
     "amend",
     "apply_snapshot",
     "attach_vmstate",
-    "backing_path",
+    "backing_file",
     "based_on",
     "bitmaps_size",
     "carry_out_repair",
@@ -224,7 +226,7 @@ _MODULES = {
     "qcowlib.operations.chain_export": ("ExportedState", "export_chain", "import_chain", "plan_export", "plan_import"),
     "qcowlib.operations.chain_merge": ("MergePlan", "merge_layer", "plan_merge"),
     "qcowlib.operations.chain_walk": (
-        "ChainLink", "ChainProblem", "ChainReport", "backing_path", "based_on", "examine_chain",
+        "BackingFile", "ChainLink", "ChainProblem", "ChainReport", "backing_file", "based_on", "examine_chain",
     ),
     "qcowlib.operations.check": ("check",),
     "qcowlib.operations.compact": ("compact_image",),

@@ -13,7 +13,7 @@ from typing import Any
 import qcowlib
 from snapshot import offline
 from snapshot.active import make_file_like, sync
-from snapshot.domain import backing_path
+from snapshot.domain import backing_file
 from snapshot.plan_revert_request import StateFacts
 from snapshot.session import Session
 
@@ -36,14 +36,15 @@ def state_facts(path: str, name: str, free: int) -> StateFacts:
                 for table in view.layer_extents(0, view.size)
                 for kind in kinds
             )
-            below = backing_path(path)
+            below = backing_file(path)
             problem = None
             if image.header.crypt_method:
                 problem = "it is encrypted"
             elif image.header.backing_file is not None and below is None:
                 problem = f"it is based on '{image.header.backing_file}', which is no local file"
-            backing_format = None if below is None else offline.format_of(below)
-            return StateFacts(data, view.size, below, backing_format, free, problem)
+            if below is None:
+                return StateFacts(data, view.size, None, None, free, problem)
+            return StateFacts(data, view.size, below.path, below.format or offline.probed(below.path), free, problem)
     except qcowlib.QcowError as error:
         return StateFacts(problem=str(error))
 

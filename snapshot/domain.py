@@ -427,20 +427,28 @@ def backing_paths(path: str) -> list[str]:
     """
     found: list[str] = []
     seen = {os.path.realpath(path)}
-    while True:
-        below = backing_path(path)
-        if below is None or os.path.realpath(below) in seen:
-            return found
-        found.append(below)
-        seen.add(os.path.realpath(below))
-        path = below
+    below = backing_file(path)
+    while below is not None and os.path.realpath(below.path) not in seen:
+        found.append(below.path)
+        seen.add(os.path.realpath(below.path))
+        below = None if below.format == "raw" else backing_file(below.path)
+    return found
 
 
-def backing_path(path: str) -> str | None:
-    """Absolute path of the backing file that a qcow2 file names; None when there is none or it is no whole file."""
+def backing_file(path: str) -> qcowlib.BackingFile | None:
+    """The backing file that a qcow2 file names; None when there is none, it is no whole file, or that cannot be told.
+
+    Only for files that are known to be qcow2: what a raw disk holds is its guest's, whatever it looks like.
+    """
     with contextlib.suppress(qcowlib.QcowError):
-        return qcowlib.backing_path(path)
+        return qcowlib.backing_file(path)
     return None
+
+
+def below_path(path: str) -> str | None:
+    """Absolute path of the backing file (see `backing_file`)."""
+    below = backing_file(path)
+    return None if below is None else below.path
 
 
 def same_file(one: str, other: str) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import qcowlib
-from snapshot.domain import DiskFacts, DomainFacts, StoredSnapshot
+from snapshot.domain import DiskFacts, DomainFacts, StoredSnapshot, backing_file
 from snapshot.model import (
     Consistency,
     DiskMode,
@@ -64,13 +64,25 @@ def _entries(disk: DiskFacts, known: Iterable[DomainSnapshot]) -> Iterator[_Foun
     for entry in disk.snapshots:
         yield _Found(disk.disk.path, entry)
     mine = [each for snapshot in known for each in snapshot.disks if each.target == disk.disk.target]
-    others = [*disk.disk.backing_chain, *(path for each in mine for path in (each.file, each.overlay) if path)]
+    others = [*_qcow2_below(disk), *(each.overlay for each in mine if each.overlay is not None)]
+    others += [each.file for each in mine if each.format == "qcow2"]
     seen = {os.path.realpath(disk.disk.path)}
     for path in others:
         if os.path.realpath(path) not in seen:
             seen.add(os.path.realpath(path))
             for entry in stored_in(path):
                 yield _Found(path, entry)
+
+
+def _qcow2_below(disk: DiskFacts) -> Iterator[str]:
+    """The files below an active layer, down to the one that is said to be raw: its content is its guest's."""
+    above = disk.disk.path
+    for path in disk.disk.backing_chain:
+        stated = backing_file(above)
+        if stated is not None and stated.format == "raw":
+            return
+        yield path
+        above = path
 
 
 def stored_in(path: str) -> list[StoredSnapshot]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import qcowlib
 from snapshot import offline, plan_delete
 from snapshot.copies import state_facts
-from snapshot.domain import ActiveDomain, Domain, DomainFacts, StoredSnapshot, backing_path, backing_paths, same_file
+from snapshot.domain import ActiveDomain, Domain, DomainFacts, StoredSnapshot, backing_file, backing_paths, same_file
 from snapshot.errors import NoSuchDomainSnapshot, QmpError
 from snapshot.foreign import found_in_files, stored_in
 from snapshot.journal import Journal
@@ -36,34 +36,39 @@ def delete_request(
     facts, description = domain.facts(layers), domain.description
     snapshot = find(catalog, name, facts)
     known = known_files(catalog, facts)
-    files = {path for disk in snapshot.disks for path in (disk.file, disk.overlay) if path is not None}
+    files = {disk.overlay: "qcow2" for disk in snapshot.disks if disk.overlay is not None}
+    files |= {disk.file: disk.format for disk in snapshot.disks}
+    raw = raw_files(catalog, facts)
+    based = offline.dependents(files, known, raw)
     return plan_delete.DeleteRequest(
         snapshot=snapshot,
         others=[one for one in catalog.load() if one.name != name],
         facts=facts,
         options=options,
         layers=layers,
-        files={path: _file_facts(path, based) for path, based in qcowlib.based_on(files, known).items()},
+        files={path: _file_facts(path, files[path], based[path]) for path in files},
         described={} if description is None else {disk.target: disk.path for disk in description.disks},
+        raw=sorted(raw),
         made=journal.made(),
         token=secrets.token_hex(4),
     )
 
 
-def _file_facts(path: str, dependents: list[str]) -> plan_delete.FileFacts:
+def _file_facts(path: str, image_format: str, based: list[str]) -> plan_delete.FileFacts:
     if not os.path.exists(path):
         return plan_delete.FileFacts(False)
-    image_format = offline.format_of(path)
     with qcowlib.open_image(path, format=image_format, open_backing=False, force_share=True) as image:
         size, names = image.size, [stored.name for stored in image.snapshots]
+    below = backing_file(path) if image_format == "qcow2" else None
     return plan_delete.FileFacts(
         exists=True,
         format=image_format,
-        backing=backing_path(path) if image_format == "qcow2" else None,
-        dependents=dependents,
+        backing=None if below is None else below.path,
+        backing_format=None if below is None else below.format,
+        dependents=based,
         snapshots=names,
         size=size,
-        data=offline.data_bytes(path),
+        data=offline.data_bytes(path, image_format),
     )
 
 
@@ -92,7 +97,7 @@ def revert_request(
     files = [disk.file for disk in disks]
     known = known_files(catalog, facts)
     wanted = [*files, snapshot.memory.file] if options.disks is None else files
-    dependents = qcowlib.based_on(files, known)
+    based = offline.dependents(files, known, raw_files(catalog, facts))
     frozen = {d.file for one in catalog.load() for d in one.disks if d.mode is DiskMode.EXTERNAL}
     tops = {one.disk.path: one.snapshots for one in facts.disks}
     inside = [disk for disk in disks if disk.mode is DiskMode.INTERNAL and os.path.exists(disk.file)]
@@ -109,13 +114,13 @@ def revert_request(
         current=catalog.current,
         token=secrets.token_hex(4),
         directory=journal.directory,
-        dependents=dependents,
+        dependents=based,
         frozen=frozen,
         stored={disk.file: _stored(disk.file, tops) for disk in inside},
         states={
             disk.file: state_facts(disk.file, disk.internal_name or snapshot.name, _free(disk.file))
             for disk in inside
-            if dependents[disk.file] or disk.file in frozen or not any(same_file(disk.file, top) for top in tops)
+            if based[disk.file] or disk.file in frozen or not any(same_file(disk.file, top) for top in tops)
         },
         missing=[path for path in wanted if path is not None and not os.path.exists(path)],
         stems={path: _stem(path, journal.made()) for path in files},
@@ -163,6 +168,12 @@ def known_files(catalog: Store, facts: DomainFacts) -> set[str]:
     for snapshot in catalog.load():
         files.update(path for disk in snapshot.disks for path in (disk.file, disk.overlay) if path is not None)
     return files
+
+
+def raw_files(catalog: Store, facts: DomainFacts) -> set[str]:
+    """Files of the domain that are raw disks."""
+    files = {one.disk.path for one in facts.disks if one.disk.format == "raw"}
+    return files | {disk.file for snapshot in catalog.load() for disk in snapshot.disks if disk.format == "raw"}
 
 
 def safety_request(request: RevertRequest) -> SnapshotRequest:

@@ -11,7 +11,7 @@ import qcowlib
 from snapshot import offline
 from snapshot.below import delete_below, is_below
 from snapshot.blockgraph import BlockGraph
-from snapshot.domain import backing_path, same_file
+from snapshot.domain import below_path, same_file
 from snapshot.errors import DomainSnapshotError, QmpError
 from snapshot.jobs import run_job, wait_for_job
 from snapshot.journal import sync_directory
@@ -96,13 +96,13 @@ def merge_up(session: Session, arguments: Arguments) -> None:
     if not os.path.exists(overlay) or not _on(overlay, frozen):
         return
     with contextlib.ExitStack() as opened:
-        top_image = opened.enter_context(unlocked(lambda: offline.open_writable(overlay)))
+        top_image = opened.enter_context(unlocked(lambda: offline.open_writable(overlay, "qcow2")))
         if not isinstance(top_image, qcowlib.WritableQcow2Image):
             raise DomainSnapshotError(f"'{overlay}' is no qcow2 image")
         if below is None:
             qcowlib.rebase(top_image, None)
         else:
-            below_format = offline.format_of(below)
+            below_format = arguments["below_format"] or offline.probed(below)
             new = opened.enter_context(qcowlib.open_image(below, format=below_format, policy=_LOCAL))
             qcowlib.rebase(top_image, below, below_format, new=new)
 
@@ -145,7 +145,7 @@ def remove_file(session: Session, arguments: Arguments) -> None:
     if arguments["image"]:
         entries = [disk for snapshot in session.store.load() for disk in snapshot.disks]
         known = {name for disk in entries for name in (disk.file, disk.overlay) if name is not None}
-        based = qcowlib.based_on([path], {*known, *session.journal.layers().values()})[path]
+        based = offline.dependents([path], {*known, *session.journal.layers().values()}, arguments["raw"])[path]
         if based:
             raise DomainSnapshotError(f"'{path}' stays: '{based[0]}' is based on it")
         if session.alive() and BlockGraph.query(session.qmp).find(path) is not None:
@@ -158,7 +158,7 @@ def remove_file(session: Session, arguments: Arguments) -> None:
 
 
 def _on(overlay: str, base: str) -> bool:
-    below = backing_path(overlay)
+    below = below_path(overlay)
     return below is not None and same_file(below, base)
 
 

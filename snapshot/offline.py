@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Protocol
 
 import qcowlib
-from snapshot.domain import backing_path, same_file
+from snapshot.domain import backing_file, below_path, same_file
 from snapshot.session import unlocked
 
 _LOCAL = qcowlib.LocalFiles()
@@ -31,16 +31,18 @@ class StoredLike(Protocol):
 def merge_back(overlay: str, base: str) -> None:
     """Write what an overlay holds to its base, if it is still based on it; the overlay stays.
 
+    The base's format is what the overlay's header states: the content of a raw base is its guest's.
+
     Raises:
         QcowError: the images cannot be read or written; both read as before.
     """
-    below = backing_path(overlay) if os.path.exists(overlay) else None
-    if below is None or not same_file(below, base):
+    below = backing_file(overlay) if os.path.exists(overlay) else None
+    if below is None or not same_file(below.path, base):
         return
     with unlocked(lambda: open_layer(overlay)) as top:
         if qcowlib.allocated_bytes(top) or holds_zeroes(top):
-            with unlocked(lambda: open_writable(base)) as bottom:
-                qcowlib.commit(top, bottom)
+            with unlocked(lambda: open_writable(base, below.format or probed(base))) as bottom:
+                qcowlib.commit(top, bottom, known_raw=below.format == "raw")
 
 
 def holds_zeroes(image: qcowlib.BlockImage) -> bool:
@@ -80,15 +82,29 @@ def is_fresh_overlay(path: str, base: str | None) -> bool:
         return True
     if magic != b"QFI\xfb":
         return False
-    below = backing_path(path)
+    below = below_path(path)
     return below is base if below is None or base is None else same_file(below, base)
 
 
-def data_bytes(path: str) -> int:
+def dependents(files: Iterable[str], known: Iterable[str], raw: Collection[str]) -> dict[str, list[str]]:
+    """For each of some files the images that are based on it; a raw disk is none, whatever its guest has written.
+
+    Args:
+        files: files that others may be based on.
+        known: other files that the domain has, or had.
+        raw: those that are raw disks.
+    """
+    return {
+        path: [one for one in based if not any(same_file(one, other) for other in raw)]
+        for path, based in qcowlib.based_on(files, known).items()
+    }
+
+
+def data_bytes(path: str, image_format: str) -> int:
     """Bytes of data in one file, as far as it can be told while somebody writes."""
     kinds = (qcowlib.ExtentKind.DATA, qcowlib.ExtentKind.COMPRESSED)
     try:
-        with qcowlib.open_image(path, format=format_of(path), open_backing=False, force_share=True) as image:
+        with qcowlib.open_image(path, format=image_format, open_backing=False, force_share=True) as image:
             tables = image.layer_extents(0, image.size)
             return sum(int(table.length[table.kind == int(kind)].sum()) for table in tables for kind in kinds)
     except qcowlib.QcowError:
@@ -109,13 +125,13 @@ def open_writable_layer(path: str) -> qcowlib.WritableQcow2Image:
     return image
 
 
-def open_writable(path: str) -> qcowlib.WritableQcow2Image | qcowlib.WritableRawImage:
-    """An image with its chain, for writing; the format is what the file's first bytes say, raw otherwise."""
-    return qcowlib.open_image(path, format=format_of(path), writable=True, policy=_LOCAL)
+def open_writable(path: str, image_format: str) -> qcowlib.WritableQcow2Image | qcowlib.WritableRawImage:
+    """An image with its chain, for writing."""
+    return qcowlib.open_image(path, format=image_format, writable=True, policy=_LOCAL)
 
 
-def format_of(path: str) -> str:
-    """ "qcow2" or "raw"; only for files that this package or the domain's description names."""
+def probed(path: str) -> str:
+    """ "qcow2" or "raw" by a file's first bytes, as QEMU takes a backing file whose format no header states."""
     with open(path, "rb") as file:
         return "qcow2" if file.read(4) == b"QFI\xfb" else "raw"
 

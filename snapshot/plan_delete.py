@@ -28,7 +28,7 @@ class FileFacts:
     Attributes:
         exists: it is there.
         format: "qcow2" or "raw".
-        backing: the file that it is based on.
+        backing, backing_format: the file that it is based on, and its format where the header states it.
         dependents: files that are based on it.
         snapshots: names of the internal snapshots in it.
         size: of its disk, in bytes.
@@ -38,6 +38,7 @@ class FileFacts:
     exists: bool
     format: str = "raw"
     backing: str | None = None
+    backing_format: str | None = None
     dependents: Sequence[str] = ()
     snapshots: Sequence[str] = ()
     size: int = 0
@@ -53,6 +54,7 @@ class DeleteRequest:
         facts, options, layers: of the domain now; what is asked for; active layers as the journal has them.
         files: facts of every file of the snapshot, by path.
         described: path of each disk in the domain's description, by target.
+        raw: files that are raw disks.
         made: overlays that were made by this package: other files are never removed.
         token: for names.
     """
@@ -64,6 +66,7 @@ class DeleteRequest:
     layers: Mapping[str, str]
     files: Mapping[str, FileFacts]
     described: Mapping[str, str]
+    raw: Sequence[str]
     made: Collection[str]
     token: str
 
@@ -222,11 +225,15 @@ def _steps(request: DeleteRequest) -> Iterator[Step]:
     for number, merge in enumerate(merges(request)):
         yield from _merge_steps(request, merge, f"ds-{request.token}-{number}")
     for path in _dead_overlays(request):
-        yield Step("remove-file", {"path": path, "image": True}, f"remove '{path}', which nothing goes on from")
+        yield Step("remove-file", _removed(request, path), f"remove '{path}', which nothing goes on from")
     memory = snapshot.memory
     shared = any(other.memory.file == memory.file for other in request.others)
     if memory.mode is MemoryMode.EXTERNAL and memory.file is not None and not shared:
         yield Step("remove-file", {"path": memory.file, "image": False}, f"remove the memory file '{memory.file}'")
+
+
+def _removed(request: DeleteRequest, path: str) -> dict[str, Any]:
+    return {"path": path, "image": True, "raw": list(request.raw)}
 
 
 def _delete_commands(node: str, name: str) -> tuple[dict[str, Any], ...]:
@@ -251,16 +258,21 @@ def _merge_steps(request: DeleteRequest, merge: Merge, job: str) -> Iterator[Ste
         yield Step("merge-down", arguments | {"children": children}, text, _job_commands(request, merge, job))
         yield Step("rename", {"old": overlay, "new": frozen, "format": base.format, "target": target,
                               "described": request.described.get(target)}, f"'{frozen}' takes its place")  # fmt: skip
-        yield Step("remove-file", {"path": overlay, "image": True}, f"remove '{overlay}'")
+        yield Step("remove-file", _removed(request, overlay), f"remove '{overlay}'")
         return
     text = f"merge '{frozen}' into '{overlay}' ({moved})"
-    yield Step("merge-up", arguments | {"below": base.backing}, text, _job_commands(request, merge, job))
+    yield Step(
+        "merge-up",
+        arguments | {"below": base.backing, "below_format": base.backing_format},
+        text,
+        _job_commands(request, merge, job),
+    )
     needed = any(one.file == frozen for other in request.others for one in other.disks)
     others = [path for path in base.dependents if not same_file(path, overlay)]
     if frozen in request.made and not needed and not others:
         yield Step("rename", {"old": frozen, "new": overlay, "format": "qcow2", "target": target, "described": None},
                    f"'{overlay}' takes its place")  # fmt: skip
-        yield Step("remove-file", {"path": frozen, "image": True}, f"remove '{frozen}'")
+        yield Step("remove-file", _removed(request, frozen), f"remove '{frozen}'")
 
 
 def _job_commands(request: DeleteRequest, merge: Merge, job: str) -> tuple[dict[str, Any], ...]:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from qcowlib.errors import ChainError, QcowError
 from qcowlib.image.create_target import same_file
@@ -177,8 +178,15 @@ def _rebase(overlay: str, base: str, image_format: str) -> str:
     return join(["qcow", "rebase", "-u", "-b", base, "-F", image_format, overlay])
 
 
-def backing_path(path: str) -> str | None:
-    """Absolute path of the file that a qcow2 image is based on, by its header; the image may be in use.
+class BackingFile(NamedTuple):
+    """The file that an image is based on: absolute path, and its format as the header states it (None: it does not)."""
+
+    path: str
+    format: str | None
+
+
+def backing_file(path: str) -> BackingFile | None:
+    """The file that a qcow2 image is based on, by its header; the image may be in use.
 
     None where it has none, where the name does not describe local files, or describes anything but one whole file.
 
@@ -186,7 +194,9 @@ def backing_path(path: str) -> str | None:
         QcowError: the image cannot be opened.
     """
     below = _below(path)
-    return os.path.abspath(below.path) if below is not None and _is_plain(below) else None
+    if below is None or not _is_plain(below):
+        return None
+    return BackingFile(os.path.abspath(below.path), below.format)
 
 
 def based_on(paths: Iterable[str], known: Iterable[str] = ()) -> dict[str, list[str]]:

@@ -44,6 +44,7 @@ def commit(
     base: WritableQcow2Image | WritableRawImage,
     *,
     format_guessed: bool = False,
+    known_raw: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Write everything that an overlay has allocated to its base, which gets at least its size.
@@ -59,6 +60,8 @@ def commit(
             chain, of which `leave_out_backing` of the layer above the base has given up the rest.
         base: the image that the lowest layer of the overlay names as its backing file; opened for writing.
         format_guessed: nothing but its content says that the base is raw: it must not become something else.
+        known_raw: more than the overlay's header says that the base is raw (a domain's description): its content is
+            its guest's then, and may look like an image.
         progress: called with (bytes done, bytes to do).
 
     Returns: bytes of data written to the base, zeroes not counted. All is durable.
@@ -70,11 +73,11 @@ def commit(
         OptionError: the base cannot be enlarged. Nothing was changed.
         StorageError: a host file failed; the commit can be done again.
     """
-    if isinstance(base, WritableRawImage):
+    if isinstance(base, WritableRawImage) and not known_raw:
         _require_raw(overlay, base, format_guessed=format_guessed)
     total = sum(run.end - run.start for run in _runs(overlay) if not run.zero)
     if overlay.size > base.size:
-        resize(base, overlay.size)
+        base.resize(overlay.size, "off") if isinstance(base, WritableRawImage) else resize(base, overlay.size)
     done = 0
     for run in _runs(overlay):
         if run.zero:

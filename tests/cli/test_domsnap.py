@@ -386,6 +386,52 @@ def test_a_base_is_not_changed_under_an_overlay_that_describes_it(domsnap: Any, 
     assert states == [b"first", b"first", b"later"]
 
 
+@pytest.fixture
+def forged(domain: Path) -> Path:
+    """The raw disk of the domain, to which its guest has written a qcow2 image with a backing file and a snapshot."""
+    victim, image = domain.parent / "victim", domain.parent / "forged.qcow2"
+    victim.write_bytes(b"secret" + bytes(MIB - 6))
+    qemu_img("create", "-q", "-f", "qcow2", "-b", victim, "-F", "raw", image, "512k")
+    qemu_img("snapshot", "-c", "s0", image)
+    disk = domain.parent / "b.raw"
+    disk.write_bytes(image.read_bytes().ljust(MIB, b"."))
+    image.unlink()
+    return disk
+
+
+@pytest.mark.parametrize("into", ["base", "overlay"])
+def test_what_a_guest_writes_to_a_raw_disk_is_never_taken_for_an_image(
+    domsnap: Any, domain: Path, forged: Path, into: str
+) -> None:
+    where, content = ["-f", domain], bytearray(forged.read_bytes())
+    victim = forged.parent / "victim"
+    secret = victim.read_bytes()
+    assert "s0" not in domsnap("list", *where).out
+    assert domsnap("create", "s1", "--disk-only", "--external", "--disk", "vda:no", *where).code == 0
+    assert domsnap("create", "s2", "--disk-only", "--external", "--disk", "vda:no", *where).code == 0
+    overlays = [forged.parent / f"b.s{number}.qcow2" for number in (1, 2)]
+    with qcowlib.open_image(overlays[1], writable=True, policy=qcowlib.LocalFiles()) as image:
+        image.write(70_000, b"later")
+        content[70_000:70_005] = b"later"
+    listing = domsnap("list", *where)
+    assert (listing.code, "s0" in listing.out) == (0, False)
+    result = domsnap("delete", "s2", f"--into={into}", *where)
+    assert result.code == 0, result.err
+    (left,) = [path for path in overlays if path.exists()] if into == "base" else [overlays[1]]
+    with qcowlib.open_image(left, policy=qcowlib.LocalFiles()) as image:
+        assert isinstance(image, qcowlib.Qcow2Image)
+        assert image.header.backing_format in ("raw", "qcow2")
+        assert image.read(0, MIB) == content
+    result = domsnap("delete", "s1", f"--into={into}", *where)
+    assert result.code == 0, result.err
+    if into == "base":
+        assert forged.read_bytes() == content
+    else:
+        with qcowlib.open_image(left, policy=qcowlib.LocalFiles()) as image:
+            assert image.read(0, MIB) == content
+    assert victim.read_bytes() == secret
+
+
 # --- Memory
 
 

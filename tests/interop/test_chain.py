@@ -201,8 +201,9 @@ def test_every_way_to_name_a_base_is_found(tmp_path: Path) -> None:
     assert sorted(qcowlib.based_on([str(base)], [str(other / "known")])[str(base)]) == sorted(
         [*users, str(other / "known")]
     )
-    below = {name: qcowlib.backing_path(str(tmp_path / name)) for name in ("base", *names)}
-    assert below == {**dict.fromkeys(names, str(base)), "base": None, "part": None, "link": str(other / "link")}
+    below = {name: qcowlib.backing_file(str(tmp_path / name)) for name in ("base", *names)}
+    found = {name: (str(base), "qcow2") for name in names}
+    assert below == {**found, "base": None, "part": None, "link": (str(other / "link"), "qcow2")}
 
 
 def test_loops_and_formats(tmp_path: Path) -> None:

@@ -152,6 +152,14 @@ def test_commit_to_what_is_no_raw_image(tmp_path: Path) -> None:
     with pytest.raises(qcowlib.ImageStateError, match="holds a qcow2 image"):
         commit_file(overlay, base, "raw")
     assert base.read_bytes() == before
+    raw.write_bytes(before)
+    with (
+        qcowlib.open_image(overlay, open_backing=False) as top,
+        qcowlib.open_image(raw, format="raw", writable=True) as bottom,
+    ):
+        top_data = top.read(0, 4096)
+        qcowlib.commit(top, bottom, known_raw=True)
+    assert raw.read_bytes() == (top_data + before[4096:]).ljust(SIZE, b"\0")
     raw.write_bytes(bytes(SIZE))
     with (
         qcowlib.open_image(overlay, open_backing=False) as top,

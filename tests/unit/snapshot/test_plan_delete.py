@@ -38,7 +38,7 @@ def request(**more: Any) -> DeleteRequest:
     facts = domain(disk("vda", path=TOP), active=False)
     fields: dict[str, Any] = {
         "snapshot": snapshot(), "others": (), "facts": facts, "options": DeleteOptions(), "layers": {},
-        "files": files(), "described": {"vda": BASE}, "made": {TOP}, "token": "t",
+        "files": files(), "described": {"vda": BASE}, "raw": (), "made": {TOP}, "token": "t",
     }  # fmt: skip
     return DeleteRequest(**(fields | more))
 
