@@ -188,10 +188,15 @@ def test_preallocated_images_are_the_stock_tools(mode: str, size: int, options: 
         assert ours.stat().st_blocks * 512 >= size
 
 
+def assert_same_space(ours: os.stat_result, stock: os.stat_result) -> None:
+    """A file that the host has put in more than four pieces has blocks more, which list them: up to 16 KiB here."""
+    assert abs(ours.st_blocks - stock.st_blocks) * 512 <= (16 << 10 if stock.st_size > 16 << 10 else 0)
+
+
 def test_full_preallocation_takes_the_space() -> None:
     stock, ours = create_both(24 * MIB, {"preallocation": "full"})
     assert_same(stock, ours)
-    assert ours.stat().st_blocks == stock.stat().st_blocks
+    assert_same_space(ours.stat(), stock.stat())
     assert ours.stat().st_blocks * 512 >= 24 * MIB
 
 
@@ -267,7 +272,8 @@ def test_raw(mode: str, size: int) -> None:
     qemu_img("create", "-q", "-f", "raw", "-o", f"preallocation={mode}", "stock/t.raw", str(size))
     create_image("ours/t.raw", size, format="raw", preallocation=mode)
     stock, ours = Path("stock/t.raw").stat(), Path("ours/t.raw").stat()
-    assert (ours.st_size, ours.st_blocks) == (stock.st_size, stock.st_blocks)
+    assert ours.st_size == stock.st_size
+    assert_same_space(ours, stock)
 
 
 REFUSED: list[Options] = [
