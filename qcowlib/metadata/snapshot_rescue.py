@@ -237,7 +237,7 @@ class _Rescue:
         return parse_snapshot_table(lambda offset, length: data[offset : offset + length], alone)[0]
 
     def _is_entry(self, position: int) -> bool:
-        """Whether an entry can begin here: it has an id, and that is text or its L1 table is possible."""
+        """Whether an entry can begin here: its L1 table is possible, and it has that or an id; or its id is text."""
         if self.header.snapshots_offset + position + _FIXED > self.file_end:
             return False
         head = self._read(position, _FIXED)
@@ -247,7 +247,7 @@ class _Rescue:
         id_size, extra = int.from_bytes(head[12:14], "big"), int.from_bytes(head[36:40], "big")
         l1_possible = l1_offset % self.header.cluster_size == 0 and l1_offset < self.file_end
         if l1_possible and l1_size <= k.MAX_L1_ENTRIES:
-            return bool(id_size)
+            return bool(id_size or (l1_offset and l1_size))
         return extra <= k.MAX_SNAPSHOT_EXTRA_DATA and _is_text(self._read(position + _FIXED + extra, id_size))
 
     def _next_entry(self, position: int) -> int | None:

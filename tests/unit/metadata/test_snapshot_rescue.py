@@ -67,6 +67,20 @@ def test_a_wrong_length_hides_nothing(number: int, field: str) -> None:
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
+@pytest.mark.parametrize("name", ["", "name"])
+def test_an_entry_without_an_id_is_kept(number: int, name: str) -> None:
+    """As a reader of the table takes it; what has an L1 table has a disk to lose."""
+    entries = [replace(each, id="", name=name) if at == number else each for at, each in enumerate(ENTRIES)]
+    data = bytearray(FILE_END)
+    table = build_snapshot_table(entries)
+    data[TABLE : TABLE + len(table)] = table
+    found = rescue_snapshots(BytesStorage(data), HEADER, FILE_END)
+    assert kept(found) == [(each.id, each.name, each.l1_table_offset) for each in entries]
+    assert found is not None
+    assert (found.repairs, found.rewrite, found.lost) == ([], False, [])
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
 def test_too_much_extra_data(number: int) -> None:
     found = rescue(put(number * STEP + 36, 4, 1 << 20))
     assert kept(found) == ALL
