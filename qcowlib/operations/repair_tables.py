@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from qcowlib.errors import QcowError
+from qcowlib.format.constants import MAX_L1_ENTRIES
 from qcowlib.format.header import Header
-from qcowlib.format.snapshot_table import SnapshotEntry
+from qcowlib.format.snapshot_table import SnapshotEntry, parse_snapshot_table
 from qcowlib.metadata.census import census
 from qcowlib.metadata.l2_scan import ScanRules
 from qcowlib.metadata.lost_tables import LostTables
@@ -45,7 +47,8 @@ def find_tables(base: ReadStorage, overlay: OverlayStorage, header: Header) -> F
         header: as it can be read.
 
     Raises:
-        NotRepairable: there is no active L1 table, and clusters that only it may refer to.
+        NotRepairable: there is no active L1 table, and clusters that only it may refer to; or a snapshot that can be
+            read would not be kept.
     """
     return _Finder(base, overlay, header).run()
 
@@ -62,8 +65,30 @@ class _Finder:
         """Active layer first: the search for the others needs to know what it refers to."""
         if self.header.l1_size and not self._is_place(self.header.l1_table_offset, 8 * self.header.l1_size):
             self._find_l1_table()
+        usable = self._usable_snapshots()
         snapshots = self._find_snapshots()
+        kept = {entry.l1_table_offset for entry in snapshots.entries}
+        for entry in usable:
+            if entry.l1_table_offset not in kept:
+                raise NotRepairable(f"snapshot {entry.id} ({entry.name}) can be read, and a repair would drop it")
         return FoundTables(self.header, snapshots, self.found_again)
+
+    def _usable_snapshots(self) -> list[SnapshotEntry]:
+        """The snapshots that the table has for who reads it plainly, if their L1 tables can be there."""
+        try:
+            entries = parse_snapshot_table(
+                lambda offset, length: self.base.pread(length, offset), self.header, pad=True
+            )
+        except QcowError:
+            return []
+        size = self.header.cluster_size
+        return [
+            entry
+            for entry in entries
+            if 0 < entry.l1_size <= MAX_L1_ENTRIES
+            and entry.l1_table_offset % size == 0
+            and self._is_place(entry.l1_table_offset, 8 * entry.l1_size)
+        ]
 
     def _is_place(self, offset: int, length: int) -> bool:
         """Whether a table can lie there: behind the header and inside the file, but for less than a cluster."""

@@ -8,6 +8,7 @@ import pytest
 import qcowlib
 from qcowlib.image.opening import open_for_repair
 from qcowlib.image.qcow2 import Qcow2Image
+from qcowlib.metadata.snapshot_rescue import RescuedSnapshots
 from qcowlib.operations.repair import RepairPlan, carry_out_repair, plan_repair
 from qcowlib.operations.repair_undo import next_undo_path, undo_repair
 from tests.oracle import assert_clean, image_info, qemu_img, qemu_io, run
@@ -115,6 +116,21 @@ def test_dropped_entry_and_undo(name: str, tmp_path: Path) -> None:
     assert_clean(path)
 
 
+def test_a_snapshot_that_can_be_read_is_never_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the search for snapshots makes of their table."""
+    path = build(tmp_path, "compat=1.1", (*FILL, "snapshot -c one"))
+    with path.open("r+b") as file:
+        file.seek(65536)  # the refcount table
+        file.write(bytes(8))
+    before = path.read_bytes()
+    monkeypatch.setattr("qcowlib.operations.repair_tables.rescue_snapshots", lambda *_: RescuedSnapshots())
+    assert repair(path).refusal == "snapshot 1 (one) can be read, and a repair would drop it"
+    assert path.read_bytes() == before
+    monkeypatch.undo()
+    assert repair(path).refusal is None
+    check_by_stock(path)
+
+
 def test_random_damage(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """A few of the cases of tools/repair_trial.py: no content is lost, nothing goes wrong."""
     monkeypatch.setattr("sys.argv", ["repair_trial.py", "--cases", "25", "--seed", "7"])
@@ -126,6 +142,7 @@ def test_random_damage(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     [
         "wide-refcounts:139264=0000000000020000",  # a snapshot's L1 table is said to be where the active L2 table is
         "subclusters:295200=0000000000000000,278540=0000,32782=f857,278544=00000010",  # a snapshot without an id
+        "v2:16584=000000000002b000,131084=0000",  # the same, beside a wrong L2 entry of the snapshot
     ],
 )
 def test_cases_in_which_content_was_lost_once(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
