@@ -161,3 +161,11 @@ class LostTables:
         names_data = ((kinds == ClusterType.NORMAL) | (kinds == ClusterType.COMPRESSED)).any(axis=1)
         likely: BoolArray = (mended == words).all(axis=1) & names_data
         return likely
+
+
+def is_no_l2_table(storage: ReadStorage, cluster: int, rules: ScanRules) -> bool:
+    """Whether most of what should be entries of an L2 table, in a host cluster, cannot be entries."""
+    size = rules.geometry.cluster_size
+    words = np.frombuffer(read_padded(storage, cluster << rules.geometry.cluster_bits, size), dtype=ENTRY_DTYPE)
+    wrong = words != mend_l2(words, rules).words
+    return 2 * int(wrong.sum()) > int((words != 0).sum())

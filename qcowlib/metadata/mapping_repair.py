@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from qcowlib.addresses import Geometry
 from qcowlib.errors import FormatError
 from qcowlib.format.bitmap_directory import (
     BITMAP_TABLE_ALL_ONES,
@@ -47,9 +48,17 @@ from qcowlib.format.snapshot_table import build_snapshot_table
 from qcowlib.metadata.census import Census, census
 from qcowlib.metadata.l2_scan import ScanRules
 from qcowlib.metadata.ledger import Overlap
-from qcowlib.metadata.lost_tables import LostTables
+from qcowlib.metadata.lost_tables import LostTables, is_no_l2_table
 from qcowlib.metadata.mapping_census import SCAN_BYTES
-from qcowlib.metadata.mending import Mended, changed_spans, mend_bitmap_table, mend_l1, mend_l2
+from qcowlib.metadata.mending import (
+    MAX_LOST_RANGES,
+    LostRanges,
+    Mended,
+    changed_spans,
+    mend_bitmap_table,
+    mend_l1,
+    mend_l2,
+)
 from qcowlib.metadata.references import empty_words, read_tables, split_words
 from qcowlib.metadata.snapshot_rescue import RescuedSnapshots, needed_l1_entries
 from qcowlib.metadata.state import Qcow2State
@@ -57,7 +66,6 @@ from qcowlib.storage.helpers import read_exact, read_padded
 from qcowlib.storage.overlay import OverlayStorage
 from qcowlib.storage.protocol import ReadStorage
 
-MAX_LOST_RANGES = 100_000
 _MOST_LOOKS = 256  # tables that are looked at to judge an L1 table
 _MAX_ROUNDS = 32  # of resolving overlaps: each round takes claims away
 _FIXED_PLACES = ("header", "encryption header")
@@ -66,14 +74,6 @@ _BITMAPS = ("bitmap directory", "bitmap table", "bitmap data")
 
 class NotRepairable(Exception):
     """What is damaged cannot be repaired without guessing; the argument says what."""
-
-
-class LostRange(NamedTuple):
-    """A guest range that cannot be reached any more: `layer` in words, start and length in bytes."""
-
-    layer: str
-    start: int
-    length: int
 
 
 class _Layer(NamedTuple):
@@ -96,7 +96,7 @@ class MappingRepair:
 
     Attributes:
         header: with the new place of the snapshot table, and without bitmaps where they had to be dropped.
-        lost: guest ranges that were dropped, layer by layer; `more_lost` counts those beyond 100,000.
+        lost: guest ranges that were dropped, layer by layer.
         actions: what was done that no finding of a check names.
         moved: guest clusters that were copied away from metadata.
     """
@@ -110,8 +110,7 @@ class MappingRepair:
         self.rules = ScanRules(self.geometry, header.version, header.has_data_file, self.file_end)
         self.header = header
         self.rescued = rescued
-        self.lost: list[LostRange] = []
-        self.more_lost = 0
+        self.lost = LostRanges()
         self.actions: list[str] = []
         self.moved = 0
         self._next = 0  # next cluster behind the end of the file; 0: none was taken yet
@@ -143,10 +142,8 @@ class MappingRepair:
     # -- who lies where
 
     def _census(self) -> Census:
-        """The census of the overlay without the refcount structure, which gives way to everything else."""
-        header = replace(self.header, refcount_table_offset=0, refcount_table_clusters=0)
-        found = census(Qcow2State(self.overlay, header), self.rescued)
-        if found.stopped is not None:
+        """The census of the overlay; damaged bitmaps are mended or dropped."""
+        if (found := self._bare_census(self.overlay)).stopped is not None:
             last = found.findings[-1]
             if last.code in ("bitmap-directory-damaged", "bitmap-table-damaged", "bitmap-tables-too-large"):
                 if last.code == "bitmap-table-damaged" and self._mend_bitmaps():
@@ -155,6 +152,11 @@ class MappingRepair:
                 return self._census()
             raise NotRepairable(last.text.removeprefix("ERROR").lstrip(": "))
         return found
+
+    def _bare_census(self, storage: ReadStorage) -> Census:
+        """A census without the refcount structure, which gives way to everything else."""
+        header = replace(self.header, refcount_table_offset=0, refcount_table_clusters=0)
+        return census(Qcow2State(storage, header), self.rescued)
 
     def _layers(self) -> list[_Layer]:
         layers = [_Layer("active layer", self.header.l1_table_offset, self.header.l1_size, None)]
@@ -172,10 +174,10 @@ class MappingRepair:
             if self._settle_snapshots(overlaps):
                 continue
             if not mended:
-                self._mend_l1_tables()
+                tables = self._l1_tables()
+                self._replace_l1_tables([(at, l1, mend_l1(l1, self.geometry, self.file_end)) for at, l1 in tables])
                 mended = True
-                continue
-            if not self._settle_l2_tables(overlaps):
+            elif not self._settle_l2_tables(overlaps):
                 return
         raise NotRepairable("too many structures lie on each other")
 
@@ -187,7 +189,10 @@ class MappingRepair:
             if names & set(_BITMAPS):
                 self._free_of_bitmaps(cluster, names)
                 return True
-            if "snapshot table" in names:
+            # Where the snapshot table is sound, an L1 entry that takes it for an L2 table is wrong.
+            if "snapshot table" in names and (
+                "L2 table" not in names or self.rescued.repairs or not self._no_tables([cluster])
+            ):
                 self.rescued.rewrite, self.rescued.length = True, 0
                 return True
             if "active L1 table" in names and names & set(_FIXED_PLACES):
@@ -197,12 +202,15 @@ class MappingRepair:
         done = False
         for other, clusters in on_l1.items():
             for layer in reversed(self._layers()[1:]):
-                start = layer.offset >> self.geometry.cluster_bits
-                if not clusters.isdisjoint(range(start, start + self.geometry.clusters_for(layer.entries * 8))):
+                if not clusters.isdisjoint(self._place(layer)):
                     done |= self._free_of_snapshot(layer, other)
                     if done and other == "snapshot L1 table":
                         return True  # the other one has the place for itself now
         return done
+
+    def _place(self, layer: _Layer) -> range:
+        start = layer.offset >> self.geometry.cluster_bits
+        return range(start, start + self.geometry.clusters_for(layer.entries * 8))
 
     def _free_of_snapshot(self, layer: _Layer, other: str) -> bool:
         """An L1 table of a snapshot that lies on something: copy it away, or drop the snapshot; whether it was done."""
@@ -222,8 +230,11 @@ class MappingRepair:
             self.rescued.rewrite = True
             self.actions.append(f"{layer.name}: L1 table cut to the {needed} entries that it needs")
             return True
-        if sound and other in ("L2 table", "guest data") and self._leads_to_tables(l1):
+        named = _looked_at(l1, self.geometry)
+        if sound and other in ("L2 table", "guest data") and 2 * len(self._no_tables(named)) <= len(named):
             return False  # the entry that refers to this place is wrong
+        if sound and other == "guest data" and self._drop_no_tables(layer, l1):
+            return True
         found = self._lost_l1_table(layer.snapshot)
         if found is not None:
             self.rescued.entries[layer.snapshot] = replace(entry, l1_table_offset=found)
@@ -235,6 +246,24 @@ class MappingRepair:
         self.rescued.drop("overlap", text, layer.name)
         return True
 
+    def _drop_no_tables(self, layer: _Layer, l1: Entries) -> bool:
+        """Drop the entries that lead to no L2 table, if then nothing lies on the L1 table; whether it was done.
+
+        What they lead to is read as an L2 table, and may name anything as guest data: also the L1 table itself.
+        """
+        named = offsets(l1) >> self.geometry.cluster_bits
+        chosen = np.isin(named, np.array(self._no_tables(_looked_at(l1, self.geometry)), dtype=np.int64)) & (l1 != 0)
+        view, new = OverlayStorage(self.overlay), l1.copy()
+        new[chosen] = 0
+        view.pwrite(new.tobytes(), layer.offset)
+        found = self._bare_census(view)
+        if found.stopped is not None or any(one.cluster in self._place(layer) for one in found.overlaps):
+            return False
+        others = [one for one in self._l1_tables() if one[0].offset != layer.offset]
+        unchanged = [(one, table, Mended(table.copy(), np.zeros(0, dtype=np.bool_))) for one, table in others]
+        self._replace_l1_tables([(layer, l1, Mended(new, chosen)), *unchanged])
+        return True
+
     def _settle_l2_tables(self, overlaps: Sequence[Overlap]) -> bool:
         """Drop the L1 entries whose L2 tables lie on something else; whether there were any."""
         wrong: list[int] = []
@@ -242,7 +271,7 @@ class MappingRepair:
             if "L2 table" not in names:
                 if "guest data" not in names:
                     raise NotRepairable(f"cluster {cluster} holds the {names[0]} and the {names[1]}")
-            elif "guest data" not in names or self._is_no_table(cluster):
+            elif "guest data" not in names or self._no_tables([cluster]):
                 wrong.append(cluster)
         if not wrong:
             return False
@@ -256,11 +285,9 @@ class MappingRepair:
         self._replace_l1_tables(mended)
         return True
 
-    def _is_no_table(self, cluster: int) -> bool:
-        """Whether most of what should be entries of an L2 table cannot be: then the guest data has the place."""
-        words = np.frombuffer(read_padded(self.overlay, cluster << self.geometry.cluster_bits, self.size), ENTRY_DTYPE)
-        wrong = words != mend_l2(words, self.rules).words
-        return 2 * int(wrong.sum()) > int((words != 0).sum())
+    def _no_tables(self, clusters: list[int]) -> list[int]:
+        """Those of some clusters where most of what should be entries of an L2 table cannot be."""
+        return [cluster for cluster in clusters if is_no_l2_table(self.overlay, cluster, self.rules)]
 
     def _lost_l1_table(self, snapshot: int) -> int | None:
         """The place of the L1 table of a snapshot whose entry names another one, where there is no doubt about it."""
@@ -271,12 +298,6 @@ class MappingRepair:
             return None
         places = LostTables(self.overlay, self.header, self.rules, found).l1_tables(entry.l1_size)
         return places[0] if len(places) == 1 else None
-
-    def _leads_to_tables(self, l1: Entries) -> bool:
-        """Whether what an L1 table names are L2 tables for the most part: an L2 table is no L1 table of a snapshot."""
-        named = np.unique(offsets(l1))[-_MOST_LOOKS:]
-        named = named[named != 0] >> self.geometry.cluster_bits
-        return 2 * sum(self._is_no_table(cluster) for cluster in named.tolist()) <= len(named)
 
     # -- mending in place
 
@@ -295,10 +316,6 @@ class MappingRepair:
         for first, stop in changed_spans(old, new):
             write(new[first:stop].tobytes(), offset + 8 * first)
 
-    def _mend_l1_tables(self) -> None:
-        tables = list(self._l1_tables())
-        self._replace_l1_tables([(layer, l1, mend_l1(l1, self.geometry, self.file_end)) for layer, l1 in tables])
-
     def _replace_l1_tables(self, mended: list[tuple[_Layer, Entries, Mended]]) -> None:
         """Put mended L1 tables in place; the one L2 table that they lose is looked for."""
         found_again = self._lost_l2_table(mended) if sum(int(new.lost.sum()) for _, _, new in mended) == 1 else None
@@ -311,7 +328,7 @@ class MappingRepair:
                 new.words[lost] = l1[lost]
                 lost = lost[:0]
             self._replace_words(l1, new.words, layer.offset)
-            self._lose(layer.name, lost, self.geometry.l2_coverage)
+            self.lost.add(layer.name, lost, self.geometry.l2_coverage)
 
     def _l1_tables(self) -> Iterator[tuple[_Layer, Entries]]:
         """The L1 tables, each once."""
@@ -355,7 +372,7 @@ class MappingRepair:
                     lost[int(host[row])] = indices
                     kept += len(indices)
                 else:
-                    self.more_lost += len(indices)
+                    self.lost.more += len(indices)
         if not lost:
             return
         tables = np.array(sorted(lost), dtype=np.int64)
@@ -363,7 +380,7 @@ class MappingRepair:
             host = offsets(self._read_l1(layer))
             for l1_index in np.flatnonzero(np.isin(host, tables)).tolist():
                 base = l1_index * self.geometry.l2_entries
-                self._lose(layer.name, lost[int(host[l1_index])] + base, self.size)
+                self.lost.add(layer.name, lost[int(host[l1_index])] + base, self.size)
 
     def _l2_batches(self) -> Iterator[tuple[Int64Array, Entries]]:
         """(host offsets, words) of all L2 tables inside the file, each once."""
@@ -375,15 +392,6 @@ class MappingRepair:
             words = empty_words(len(part), self.geometry)
             read_tables(self.overlay, self.geometry, part, words)
             yield part, words
-
-    def _lose(self, layer: str, indices: Int64Array, unit: int) -> None:
-        """Note that guest ranges (by index, `unit` bytes each) are lost; neighbours become one range."""
-        starts = np.flatnonzero(np.diff(indices, prepend=-2) != 1)
-        lengths = np.diff(starts, append=len(indices))
-        room = max(0, MAX_LOST_RANGES - len(self.lost))
-        self.more_lost += max(0, len(starts) - room)
-        for start, length in zip(starts[:room].tolist(), lengths[:room].tolist(), strict=True):
-            self.lost.append(LostRange(layer, int(indices[start]) * unit, length * unit))
 
     # -- bitmaps
 
@@ -484,3 +492,9 @@ class MappingRepair:
         if self.rescued.rewrite and count:
             offset = self._new_clusters(build_snapshot_table(self.rescued.entries))
         self.header = replace(self.header, nb_snapshots=count, snapshots_offset=offset)
+
+
+def _looked_at(l1: Entries, geometry: Geometry) -> list[int]:
+    """Clusters that an L1 table names as L2 tables, so many of them as are looked at to judge it."""
+    named: list[int] = np.unique(offsets(l1) >> geometry.cluster_bits)[-_MOST_LOOKS:].tolist()
+    return [cluster for cluster in named if cluster]

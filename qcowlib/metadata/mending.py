@@ -11,6 +11,7 @@ The rules are those by which the census calls an entry damaged, so that a mended
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -33,6 +34,7 @@ from qcowlib.format.entries import (
     SUBCLUSTERS_ZERO,
     ClusterType,
     Entries,
+    Int64Array,
     classify_many,
     compressed_locations,
     flagged,
@@ -41,6 +43,7 @@ from qcowlib.format.entries import (
 )
 from qcowlib.metadata.l2_scan import ScanRules
 
+MAX_LOST_RANGES = 100_000
 BoolArray = npt.NDArray[np.bool_]
 
 _ALL = (1 << 64) - 1
@@ -148,3 +151,28 @@ def changed_spans(old: Entries, new: Entries) -> list[tuple[int, int]]:
     """(first, last exclusive) of the runs of words in which two tables differ."""
     edges = np.flatnonzero(np.diff(np.concatenate(([False], flagged(old ^ new, _ALL), [False])).astype(np.int8)))
     return [(int(start), int(stop)) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
+
+
+class LostRange(NamedTuple):
+    """A guest range that cannot be reached any more: `layer` in words, start and length in bytes."""
+
+    layer: str
+    start: int
+    length: int
+
+
+@dataclass
+class LostRanges:
+    """The guest ranges that a repair drops: at most 100,000, and how many more there are."""
+
+    ranges: list[LostRange] = field(default_factory=list)
+    more: int = 0
+
+    def add(self, layer: str, indices: Int64Array, unit: int) -> None:
+        """Note ranges of a layer by index, ascending, `unit` bytes each; neighbours become one."""
+        starts = np.flatnonzero(np.diff(indices, prepend=-2) != 1)
+        lengths = np.diff(starts, append=len(indices))
+        room = max(0, MAX_LOST_RANGES - len(self.ranges))
+        self.more += max(0, len(starts) - room)
+        for start, length in zip(starts[:room].tolist(), lengths[:room].tolist(), strict=True):
+            self.ranges.append(LostRange(layer, int(indices[start]) * unit, length * unit))

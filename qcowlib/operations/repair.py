@@ -37,7 +37,8 @@ from qcowlib.metadata.comparison import Comparison
 from qcowlib.metadata.copied_flags import Ones
 from qcowlib.metadata.free_clusters import FreeClusters
 from qcowlib.metadata.heal import Healing
-from qcowlib.metadata.mapping_repair import LostRange, MappingRepair, NotRepairable
+from qcowlib.metadata.mapping_repair import MappingRepair, NotRepairable
+from qcowlib.metadata.mending import LostRange
 from qcowlib.metadata.snapshot_rescue import RescuedSnapshots
 from qcowlib.metadata.state import Qcow2State, load_state
 from qcowlib.operations.check import check_census, check_state, copied_flag_findings
@@ -236,7 +237,7 @@ class _Planning:
         if damaged:
             mapping.move()
         plan.keeps_bytes |= mapping.header != self.header or header_damaged or self.overlay.has_staged
-        plan.lost, plan.more_lost = mapping.lost, mapping.more_lost
+        plan.lost, plan.more_lost = mapping.lost.ranges, mapping.lost.more
         plan.actions, plan.moved = tables.found_again + mapping.actions, mapping.moved
         plan.lost_snapshots = rescued.lost
         header = self._repair_refcounts(mapping.header, found, rebuild=rebuild, sound=not damaged)
