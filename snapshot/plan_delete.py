@@ -152,6 +152,8 @@ def _merge(request: DeleteRequest, disk: DiskSnapshot, overlay: str) -> Merge:
         against["base"].append(f"'{top.dependents[0]}' is based on '{overlay}', which the domain writes")
     if top.snapshots:
         against["base"].append(f"'{overlay}' holds the internal snapshot '{top.snapshots[0]}', which would be lost")
+        # Only the active layer gets what it reads from the base: the states inside would read what lies below instead.
+        against["overlay"].append(f"'{overlay}' holds the internal snapshot '{top.snapshots[0]}', which reads from it")
     if top.size > base.size:
         against["base"].append(f"'{overlay}' is a larger disk than '{disk.file}'")
     moved = {"base": top.data, "overlay": base.data}

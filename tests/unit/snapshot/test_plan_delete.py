@@ -73,7 +73,6 @@ def test_what_is_against_the_base() -> None:
     for text, more in {
         "'/d/x.qcow2' is based on": {"files": files(base={"dependents": [TOP, "/d/x.qcow2"]})},
         "the snapshot 'o' needs": {"others": (snapshot("o", overlay="/d/x"),)},
-        "internal snapshot 'i', which would be lost": {"files": files(top={"snapshots": ["i"]})},
         "is a larger disk": {"files": files(top={"size": 10})},
         "which the domain writes": {"files": files(top={"dependents": ["/d/x"]})},
         "uses '/d/base.qcow2' without": {"facts": domain(disk("vda", path=BASE), active=False), "made": ()},
@@ -82,6 +81,15 @@ def test_what_is_against_the_base() -> None:
         # The other direction stays open.
         assert reasons(request(**more)) == []
         assert merges(request(**more))[0].into == "overlay"
+
+
+def test_an_overlay_with_internal_snapshots_is_not_merged() -> None:
+    """Into the base they are lost, into the overlay they would read another disk where they read the base."""
+    for into, text in {"base": "which would be lost", "overlay": "which reads from it"}.items():
+        one = request(options=DeleteOptions(into=into), files=files(top={"snapshots": ["i"]}))
+        (reason,) = reasons(one)
+        assert f"'{TOP}' holds the internal snapshot 'i', {text}" in reason
+    assert reasons(request(files=files(top={"snapshots": ["i"]}))) != []
 
 
 def test_metadata_only_asks_nothing() -> None:
