@@ -36,6 +36,7 @@ from snapshot.model import (
     Liveness,
     RevertOptions,
     SnapshotRequest,
+    free_name,
 )
 from snapshot.plan import Resolved, resolve, steps
 from snapshot.plan_revert_request import Way, after_keeping
@@ -80,7 +81,7 @@ def create(
             return taking.plan
         session = _session(domain, catalog, journal, taking.resolved.facts, progress)
         session.draft = taking.draft
-        run(session, _operation("create", request.name, domain, taking.resolved.facts, taking.token, taking.plan))
+        run(session, _operation("create", session.draft.name, domain, taking.resolved.facts, taking.token, taking.plan))
         return session.draft
 
 
@@ -105,8 +106,12 @@ def _taking(
     """Plan a snapshot. Raises NotPossible."""
     layers = journal.layers()
     facts = domain.facts(layers)
+    taken = [one.name for one in catalog.load()]
+    if request.numbered:
+        inside = [text for disk in facts.disks for one in disk.snapshots for text in (one.name, one.id)]
+        request = replace(request, name=free_name(request.name, taken + inside))
     resolved = resolve(request, facts, journal.made())
-    against = reasons(resolved, gather.host_facts(resolved.paths()), [one.name for one in catalog.load()])
+    against = reasons(resolved, gather.host_facts(resolved.paths()), taken)
     if request.quiesce and facts.active and facts.agent_socket is not None:
         # Once an operation has begun, an agent that is not there could not be asked to thaw either.
         problem = agent.problem(facts.agent_socket)

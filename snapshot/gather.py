@@ -186,6 +186,7 @@ def safety_request(request: RevertRequest) -> SnapshotRequest:
         default_mode=None if inside else DiskMode.EXTERNAL,
         description=f"before the revert to '{request.snapshot.name}'",
         disks={one.disk.target: DiskRequest(DiskMode.NO) for one in request.facts.disks if one.disk.read_only},
+        numbered=request.options.safety_name is None,
     )
 
 

@@ -6,7 +6,9 @@ one instant, a disk-only snapshot the disks alone; every disk is snapshotted int
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -81,6 +83,11 @@ def name_from_time(prefix: str) -> str:
     return time.strftime(f"{prefix}-%Y%m%d-%H%M%S")
 
 
+def free_name(name: str, taken: Collection[str]) -> str:
+    """The name, or where it is taken the first of NAME-2, NAME-3, ... that is not."""
+    return next(one for one in itertools.chain([name], (f"{name}-{n}" for n in itertools.count(2))) if one not in taken)
+
+
 @dataclass(frozen=True)
 class DiskRequest:
     """What is asked for one disk: how, and for an external one the overlay's path (None: the default name)."""
@@ -95,6 +102,7 @@ class SnapshotRequest:
 
     Attributes:
         name: name of the snapshot.
+        numbered: the name was made, not given: where it is taken (two in one second), it gets a number.
         disk_only: without memory.
         default_mode: for disks that `disks` does not name; None: internal where the disk can, else external.
         disks: by target.
@@ -112,6 +120,7 @@ class SnapshotRequest:
     liveness: Liveness = Liveness.PAUSED
     quiesce: bool = False
     description: str = ""
+    numbered: bool = False
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,7 @@ def build_request(arguments: argparse.Namespace) -> SnapshotRequest:
         liveness=Liveness.PAUSED if arguments.live is None else Liveness(arguments.live),
         quiesce=arguments.quiesce,
         description=arguments.description,
+        numbered=arguments.name is None,
     )
 
 

@@ -213,6 +213,21 @@ def test_default_name_and_files(domsnap: Any, domain: Path) -> None:
     assert_clean(domain.parent / f"a.{name}.qcow2")
 
 
+def test_made_names_of_one_second_are_told_apart(domsnap: Any, domain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("cli.cmd_create", "gather"):
+        monkeypatch.setattr(f"snapshot.{module}.name_from_time", lambda prefix: f"{prefix}-now")
+    for _ in range(3):
+        result = domsnap("create", "--disk-only", "-f", domain)
+        assert result.code == 0, result.err
+    for _ in range(2):
+        result = domsnap("revert", "snapshot-now-2", "-f", domain)
+        assert result.code == 0, result.err
+    assert [snapshot.name for snapshot in Catalog(f"{domain}.snapshots").load()] == [
+        "snapshot-now", "snapshot-now-2", "snapshot-now-3", "before-revert-now", "before-revert-now-2",
+    ]  # fmt: skip
+    assert domsnap("create", "snapshot-now", "--disk-only", "-f", domain).code == 3  # a name that is given is kept
+
+
 def test_everything_that_is_against_it_is_listed(domsnap: Any, domain: Path) -> None:
     (domain.parent / "there.qcow2").write_text("precious")
     result = domsnap(
