@@ -7,10 +7,11 @@
     the first sector, which points to the name -> flush
 
 Until the last write the image shows the old chain, from then on the new one; both read alike. A rebase that was cut
-off is simply done again. What an internal snapshot of the image leaves to its backing file is read from the new one.
+off is simply done again. Internal snapshots get no copies: where the new backing file shows them other bytes, the
+rebase is refused.
 
 Source: QEMU 7.2, `qemu-img rebase`, compression from QEMU 8.2. As there, what lies behind the end of the old backing
-file becomes zero clusters, other zeroes data.
+file becomes zero clusters, other zeroes data. Otherwise than there, which changes internal snapshots silently.
 """
 
 from __future__ import annotations
@@ -72,8 +73,8 @@ def rebase(
     Returns: bytes copied into the image. All is durable.
 
     Raises:
-        OptionError: the name or format is missing or does not fit, or clusters cannot be compressed. Nothing was
-            changed.
+        OptionError: the name or format is missing or does not fit, clusters cannot be compressed, or an internal
+            snapshot would read other bytes. Nothing was changed.
         ChainError: the new backing file is based on the image itself: nothing was changed. Or a backing file cannot be
             read.
         CorruptMetadata, StorageError: as for reads and writes; the image still has its old backing file.
@@ -92,6 +93,7 @@ def rebase(
     _new_header(image.header, backing_file, backing_fmt)  # refused before anything is copied
     copied = 0
     if not unsafe:
+        _refuse_changed_snapshots(image, new)
         if backing_file is not None:
             image.writer.expect_backing()  # zeroes that nothing shows through today must be said to be zero
         copied = _copy_differences(image, new, compressed, progress)
@@ -117,6 +119,22 @@ def _refuse_loop(image: WritableQcow2Image, new: ReadableImage) -> None:
     own = identity(image.state.storage)
     if any(isinstance(layer, MappedLayer) and identity(layer.state.storage) == own for layer in chain_layers(new)):
         raise ChainError(f"'{new.name}' is '{image.name}' or based on it: the chain would be a loop")
+
+
+def _refuse_changed_snapshots(image: WritableQcow2Image, new: ReadableImage | None) -> None:
+    """What a snapshot has nothing of its own for must be the same in both backing files."""
+    for entry in image.snapshots:
+        snapshot = image.open_snapshot(entry)
+        gaps = _Gaps(snapshot, image.backing, new, image.state.geometry.subcluster_size)
+        for table in snapshot.layer_extents(0, snapshot.size):
+            for start, end in gaps.suspects(table):
+                for offset, before, after in gaps.differing(start, end):
+                    one, other = (np.frombuffer(data, dtype=np.uint8) for data in (before, after))
+                    where = offset + int(np.argmax(one != other))
+                    raise OptionError(
+                        f"at {where} the internal snapshot '{entry.name}' would read other bytes from the new backing "
+                        "file: delete it or export it first, or change the name alone (-u)"
+                    )
 
 
 # -- the name in the header
@@ -146,7 +164,8 @@ def _copy_differences(
     """Give the image of its own what the new backing file would show differently; the bytes written."""
     with _metadata_told():
         total = sum(int(table.length[_gaps(table)].sum()) for table in image.layer_extents(0, image.size))
-    copier = _Copier(image, new, compressed=compressed)
+    between = _Gaps(image, image.backing, new, image.state.geometry.subcluster_size)
+    copier = _Copier(image, compressed=compressed)
     done = 0
     with _metadata_told():
         # What is written belongs to a batch of rows that has been looked at.
@@ -154,8 +173,10 @@ def _copy_differences(
             gaps = _gaps(table)
             if not gaps.any():
                 continue
-            for start, end in copier.suspects(table):
-                copier.copy(start, end)
+            for start, end in between.suspects(table):
+                for offset, before, after in between.differing(start, end):
+                    with _told("Error while writing to COW image"):
+                        copier.write_differing(offset, before, after)
             done += int(table.length[gaps].sum())
             if progress is not None:
                 progress(done, total)
@@ -178,24 +199,18 @@ def _gaps(table: ExtentTable) -> npt.NDArray[np.bool_]:
     return gaps
 
 
-class _Copier:
-    """Copies from the old backing file what the new one has differently.
+class _Gaps:
+    """What a state of an image leaves to its backing file, as the old and the new one show it.
 
     Args:
-        image: where to write.
-        new: the new backing file; None for none.
-        compressed: compress whole clusters.
-
-    Attributes:
-        written: bytes so far.
+        state: the active layer or an internal snapshot.
+        old, new: backing files; None for none.
+        unit: bytes of a (sub)cluster.
     """
 
-    def __init__(self, image: WritableQcow2Image, new: ReadableImage | None, *, compressed: bool) -> None:
-        self.image, self.old, self.new = image, image.backing, new
-        self.compressed = compressed
-        self.unit = image.state.geometry.subcluster_size
+    def __init__(self, state: ReadableImage, old: ReadableImage | None, new: ReadableImage | None, unit: int) -> None:
+        self.state, self.old, self.new, self.unit = state, old, new, unit
         self.places = Places()
-        self.written = 0
 
     def suspects(self, table: ExtentTable) -> Iterator[tuple[int, int]]:
         """Ranges of the gaps in a batch of rows that may differ, by metadata; in whole units."""
@@ -210,15 +225,14 @@ class _Copier:
                 differ = gaps & ~same_content(before.at(starts, high), after.at(starts, high))
                 yield from self._whole_units(starts, high, differ)
 
-    def copy(self, start: int, end: int) -> None:
-        """Read a range of both backing files, and write the units that differ."""
+    def differing(self, start: int, end: int) -> Iterator[tuple[int, bytes, bytes]]:
+        """Read a range of both backing files: the pieces that differ, with their guest offsets."""
         for offset in range(start, end, _PIECE):
             length = min(_PIECE, end - offset)
             before = self._content(self.old, "old", offset, length)
             after = self._content(self.new, "new", offset, length)
             if before != after:
-                with _told("Error while writing to COW image"):
-                    self._write_differing(offset, before, after)
+                yield offset, before, after
 
     def _rows(self, backing: ReadableImage | None, first: int, last: int) -> Iterator[Located]:
         """Rows of a backing file; what lies behind its end is zero."""
@@ -235,7 +249,7 @@ class _Copier:
             return
         ends = np.append(starts[1:], end)
         low = starts[index] // self.unit * self.unit
-        high = np.minimum(-(-ends[index] // self.unit) * self.unit, self.image.size)
+        high = np.minimum(-(-ends[index] // self.unit) * self.unit, self.state.size)
         heads = np.flatnonzero(np.concatenate(([True], low[1:] > high[:-1])))
         tails = np.append(heads[1:], len(low)) - 1
         yield from zip(low[heads].tolist(), high[tails].tolist(), strict=True)
@@ -252,7 +266,24 @@ class _Copier:
             text = f"error while reading from {which} backing file"
             raise ChainError(f"{text} '{backing.name}': {error}", stock=text) from error
 
-    def _write_differing(self, offset: int, before: bytes, after: bytes) -> None:
+
+class _Copier:
+    """Gives the image of its own what the new backing file has differently.
+
+    Args:
+        image: where to write.
+        compressed: compress whole clusters.
+
+    Attributes:
+        written: bytes so far.
+    """
+
+    def __init__(self, image: WritableQcow2Image, *, compressed: bool) -> None:
+        self.image, self.old, self.compressed = image, image.backing, compressed
+        self.unit = image.state.geometry.subcluster_size
+        self.written = 0
+
+    def write_differing(self, offset: int, before: bytes, after: bytes) -> None:
         """Write the runs of units of a piece that differ."""
         padded = -(-len(before) // self.unit) * self.unit
         one, other = (

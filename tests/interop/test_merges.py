@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 import qcowlib
 from qcowlib import LocalFiles, Qcow2Image, WritableQcow2Image, create_image, open_image
 from tests.model import assert_equal
-from tests.oracle import assert_clean, content, qemu_img, qemu_io
+from tests.oracle import assert_clean, content, image_info, qemu_img, qemu_io
 
 KIB = 1 << 10
 SIZE = 1536 * KIB + 512
@@ -188,12 +189,37 @@ def rebase(chain: Chain, below: Path | None) -> None:
         words = ["-b", below.name, "-F", "qcow2"] if below else ["-b", ""]
         qemu_img("rebase", "-q", "-f", "qcow2", *words, chain.overlay)
         return
+    if changes_snapshot(chain, below):
+        # Stock changes what the snapshot reads; here nothing happens before it is deleted.
+        before = chain.overlay.read_bytes()
+        with pytest.raises(qcowlib.OptionError, match="internal snapshot 'kept' would read other bytes"):
+            rebase_ours(chain, below)
+        assert chain.overlay.read_bytes() == before
+        with writable(chain.overlay, open_backing=False) as overlay:
+            qcowlib.delete_snapshot(overlay, "kept")
+    rebase_ours(chain, below)
+
+
+def rebase_ours(chain: Chain, below: Path | None) -> None:
     with writable(chain.overlay) as overlay:
         if below is None:
             qcowlib.rebase(overlay, None)
         else:
             with open_image(below, format="qcow2", policy=LocalFiles()) as new:
                 qcowlib.rebase(overlay, below.name, "qcow2", new=new)
+
+
+def changes_snapshot(chain: Chain, below: Path | None) -> bool:
+    """Whether the snapshot in the overlay would read other bytes, as qemu-img shows it on a copy."""
+    if not any(one["name"] == "kept" for one in image_info(chain.overlay).get("snapshots", ())):
+        return False
+    copy = chain.directory / "renamed.qcow2"
+    shutil.copy(chain.overlay, copy)
+    words = ["-b", below.name, "-F", "qcow2"] if below else ["-b", ""]
+    qemu_img("rebase", "-u", "-f", "qcow2", *words, copy)
+    one, other = (content(path, chain.directory, snapshot="kept") for path in (chain.overlay, copy))
+    copy.unlink()
+    return one != other
 
 
 @pytest.mark.parametrize("stock", [True, False], ids=["ours merges", "stock merges"])

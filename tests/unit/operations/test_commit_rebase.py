@@ -247,6 +247,33 @@ def test_rebase_keeps_the_content(tmp_path: Path, options: dict[str, object], ta
     oracle.assert_clean(paths[2])
 
 
+@pytest.mark.parametrize("options", [{}, {"extended_l2": True, "cluster_size": 131072}])
+def test_a_rebase_does_not_change_internal_snapshots(tmp_path: Path, options: dict[str, object]) -> None:
+    paths = chain(tmp_path, 3, **options)
+    oracle.qemu_img("snapshot", "-c", "kept", paths[2])
+    fill(paths[2], 9)
+    files = {path: path.read_bytes() for path in paths}
+    kept = oracle.content(paths[2], tmp_path, snapshot="kept")
+    active = oracle.content(paths[2], tmp_path)
+    for name, new in (("l0.qcow2", paths[0]), (None, None)):
+        with qcowlib.open_image(paths[2], writable=True, policy=LOCAL) as top:
+            below = None if new is None else qcowlib.open_image(new, policy=LOCAL)
+            with pytest.raises(
+                qcowlib.OptionError, match=r"at \d+ the internal snapshot 'kept' would read other bytes"
+            ):
+                qcowlib.rebase(top, name, name and "qcow2", new=below)
+            if below is not None:
+                below.close()
+        assert {path: path.read_bytes() for path in paths} == files
+    copy = tmp_path / "copy.qcow2"  # the same bytes in another file
+    oracle.qemu_img("convert", "-O", "qcow2", paths[1], copy)
+    with qcowlib.open_image(paths[2], writable=True, policy=LOCAL) as top, qcowlib.open_image(copy) as new_backing:
+        assert qcowlib.rebase(top, copy.name, "qcow2", new=new_backing) == 0
+    assert oracle.content(paths[2], tmp_path, snapshot="kept") == kept
+    assert oracle.content(paths[2], tmp_path) == active
+    oracle.assert_clean(paths[2])
+
+
 def test_rebase_copies_where_the_new_backing_file_is_longer(tmp_path: Path) -> None:
     short, long, overlay = tmp_path / "s.raw", tmp_path / "l.raw", tmp_path / "o.qcow2"
     short.write_bytes(b"s" * (1 << 20))
