@@ -1,7 +1,7 @@
 """The COPIED flags of the active layer against refcounts: set if and only if the refcount is exactly 1.
 
 A table that maps one contiguous run (the census knows it) needs no second reading: its flags are all equal, and so
-must be the refcounts of its clusters.
+must be the refcounts of its clusters. Nor are the entries of a table that maps few runs looked at one by one.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from qcowlib.format.entries import OFLAG_COPIED, ClusterType, Entries, Int64Array, classify_many, flagged, offsets
 from qcowlib.format.header import Header
+from qcowlib.metadata.l2_scan import ScanRules, few_pieces
 from qcowlib.metadata.mapping_census import SCAN_BYTES, MappingCount
 from qcowlib.metadata.reference_counts import ReferenceCounts
 from qcowlib.metadata.references import empty_words, read_tables, split_words
@@ -54,9 +55,11 @@ class Ones:
         self._ones[self._slots[window]] = ones
 
     def run_is(self, first: int, stop: int, value: bool) -> bool:
-        """Whether all of the consecutive clusters, which lie in windows, have this value."""
+        """Whether all of the consecutive clusters lie in windows and have this value."""
         while first < stop:
             window = first >> self._bits
+            if window >= len(self._slots) or self._slots[window] < 0:
+                return False
             base = window << self._bits
             end = min(stop, base + (1 << self._bits))
             piece = self._ones[self._slots[window], first - base : end - base]
@@ -116,18 +119,21 @@ def wrong_l1_entries(header: Header, mapping: MappingCount, ones: Ones) -> BoolA
 def wrong_l2_tables(storage: ReadStorage, header: Header, mapping: MappingCount, ones: Ones) -> Iterator[WrongTables]:
     """The L2 tables of the active layer that have wrong COPIED flags, ascending by host offset."""
     geometry = header.geometry
+    rules = ScanRules(geometry, header.version, header.has_data_file, storage.size() + 511 & -512)
     suspects = _suspects(header, mapping, ones)
     per_batch = max(1, SCAN_BYTES >> geometry.cluster_bits)
     for start in range(0, len(suspects), per_batch):
         host = mapping.tables.host_offset[suspects[start : start + per_batch]]
         words = empty_words(len(host), geometry)
         read_tables(storage, geometry, host, words)
-        entries, _ = split_words(words, geometry)
-        wrong = _wrong_entries(entries, header, ones)
-        rows = np.flatnonzero(wrong.any(axis=1))
-        if len(rows):
+        entries, bitmaps = split_words(words, geometry)
+        rest = np.flatnonzero(~_right_by_runs(entries, rules, ones)) if bitmaps is None else np.arange(len(host))
+        wrong = _wrong_entries(entries[rest], header, ones)
+        some = wrong.any(axis=1)
+        if some.any():
+            rows = rest[some]
             words = words[rows]
-            yield WrongTables(host[rows], words, split_words(words, geometry)[0], wrong[rows])
+            yield WrongTables(host[rows], words, split_words(words, geometry)[0], wrong[some])
 
 
 def _suspects(header: Header, mapping: MappingCount, ones: Ones) -> Int64Array:
@@ -145,6 +151,16 @@ def _suspects(header: Header, mapping: MappingCount, ones: Ones) -> Int64Array:
         for place, first, copied in zip(*columns, strict=True):
             suspect[place] = not ones.run_is(first, first + length, copied)
     return np.flatnonzero(suspect)
+
+
+def _right_by_runs(entries: Entries, rules: ScanRules, ones: Ones) -> BoolArray:
+    """Tables that map few runs, with the right flag on each of these."""
+    right, *pieces = few_pieces(entries, rules)
+    if not rules.has_data_file:  # else the flags are all set, or it would be no such table
+        for row, first, length, copied in zip(*(column.tolist() for column in pieces), strict=True):
+            if right[row] and not ones.run_is(first, first + length, copied):
+                right[row] = False
+    return right
 
 
 def _wrong_entries(entries: Entries, header: Header, ones: Ones) -> BoolArray:

@@ -191,37 +191,56 @@ class TableScanner:
 
     def _take_pieces(self, tables: Entries, rows: Int64Array, scan: L2Scan) -> BoolArray:
         """Add the runs of those tables (at `rows` of the batch) that map few of them and no more; which these are."""
-        geometry = self._rules.geometry
-        size, count = geometry.cluster_size, geometry.l2_entries
-        # An entry that is empty, or a zero cluster without a place, goes on with its like; a data cluster by its size.
-        bare = np.uint64(OFLAG_ZERO if self._rules.version >= 3 else 0)
-        left, step = tables[:, :-1], self._step[: len(tables)]
-        np.subtract(tables[:, 1:], left, out=step)
-        heads = np.ones(tables.shape, dtype=np.bool_)
-        np.not_equal(step, np.where(left <= bare, np.uint64(0), np.uint64(size)), out=heads[:, 1:])
-        few: BoolArray = np.count_nonzero(heads, axis=1) * _ENTRIES_PER_PIECE <= count
-        if not few.any():
-            return few
-        heads[~few] = False
-        row, index = np.nonzero(heads)
-        stop = np.append(index[1:], count)
-        stop[np.append(row[1:] != row[:-1], True)] = count
-        first, length = tables[row, index], stop - index
-        host, used = offsets(first), first > bare
-        allowed = np.uint64(OFLAG_COPIED | L2_OFFSET_MASK & -size)
-        sound = (first & ~allowed) == 0
-        sound &= flagged(first, OFLAG_COPIED) if self._rules.has_data_file else host != 0
-        # A run's last cluster begins inside the file: so do all before it, and no sum has reached the flags.
-        sound &= host + (length - 1) * size < self._limit
-        few[row[used & ~sound]] = False
-        kept = np.flatnonzero(used & few[row])
-        row, host, length = rows[row[kept]], host[kept], length[kept]
-        jumps = (row[1:] == row[:-1]) & (host[1:] != host[:-1] + length[:-1] * size)
+        pieces = few_pieces(tables, self._rules)
+        row, first, length = rows[pieces.row], pieces.first, pieces.length
+        jumps = (row[1:] == row[:-1]) & (first[1:] != first[:-1] + length[:-1])
         np.add.at(scan.allocated, row, length)
         scan.fragmented = scan.fragmented + np.bincount(row[1:][jumps], minlength=len(scan.fragmented))
         if not self._rules.has_data_file:
-            scan.piece_first, scan.piece_length = host >> geometry.cluster_bits, length
-        return few
+            scan.piece_first, scan.piece_length = first, length
+        return pieces.few
+
+
+class Pieces(NamedTuple):
+    """The runs in tables that map few of them.
+
+    Attributes:
+        few: which tables these are: nothing else is in them, and nothing is damaged.
+        row: tables of the runs, ascending (int64).
+        first, length: their first host clusters, and how many clusters they are (int64).
+        copied: whether their entries have the COPIED flag.
+    """
+
+    few: BoolArray
+    row: Int64Array
+    first: Int64Array
+    length: Int64Array
+    copied: BoolArray
+
+
+def few_pieces(tables: Entries, rules: ScanRules) -> Pieces:
+    """Look for runs in tables of standard entries, one row each."""
+    size, count = rules.geometry.cluster_size, rules.geometry.l2_entries
+    # An entry that is empty, or a zero cluster without a place, goes on with its like; a data cluster by its size.
+    bare = np.uint64(OFLAG_ZERO if rules.version >= 3 else 0)
+    left = tables[:, :-1]
+    heads = np.ones(tables.shape, dtype=np.bool_)
+    np.not_equal(tables[:, 1:] - left, np.where(left <= bare, np.uint64(0), np.uint64(size)), out=heads[:, 1:])
+    few: BoolArray = np.count_nonzero(heads, axis=1) * _ENTRIES_PER_PIECE <= count
+    heads[~few] = False
+    row, index = np.nonzero(heads)
+    stop = np.append(index[1:], count)
+    stop[np.append(row[1:] != row[:-1], True)] = count
+    first, length = tables[row, index], stop - index
+    host, used, copied = offsets(first), first > bare, flagged(first, OFLAG_COPIED)
+    allowed = np.uint64(OFLAG_COPIED | L2_OFFSET_MASK & -size)
+    sound = (first & ~allowed) == 0
+    sound &= copied if rules.has_data_file else host != 0
+    # A run's last cluster begins inside the file: so do all before it, and no sum has reached the flags.
+    sound &= host + (length - 1) * size < (MAX_HOST_OFFSET + 1 if rules.has_data_file else rules.file_end)
+    few[row[used & ~sound]] = False
+    kept = np.flatnonzero(used & few[row])
+    return Pieces(few, row[kept], host[kept] >> rules.geometry.cluster_bits, length[kept], copied[kept])
 
 
 class _OtherTables:
