@@ -193,11 +193,12 @@ def _stop_steps(request: RevertRequest) -> Iterator[Step]:
 def _hold_step(request: RevertRequest) -> Step:
     inside = {disk.file for disk in request.inside}
     held = [{"path": path, "format": "qcow2", "writable": True} for path in sorted(inside)]
-    held += [
-        {"path": facts.disk.path, "format": facts.disk.format, "writable": False}
-        for facts in request.facts.disks
-        if facts.disk.path not in inside and not facts.disk.read_only
-    ]
+    if not request.facts.active or request.parting:  # else a QEMU holds the present layers, and keeps them
+        held += [
+            {"path": facts.disk.path, "format": facts.disk.format, "writable": False}
+            for facts in request.facts.disks
+            if facts.disk.path not in inside and not facts.disk.read_only
+        ]
     return Step("hold", {"disks": held}, "lock the images, so that the domain cannot start meanwhile")
 
 

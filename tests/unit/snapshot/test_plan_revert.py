@@ -280,6 +280,17 @@ def test_internal_snapshots_beside_a_memory_file() -> None:
     assert [step.action for step in steps(off)] == ["make-overlay", *files, *end]
 
 
+def test_present_layers_that_a_running_qemu_keeps_are_not_locked() -> None:
+    """The snapshot's file is none of QEMU's any more: it parts from nothing, and has its layers until it ends."""
+    what = snapshot(INTERNAL, INTERNAL, memory=MemoryMode.EXTERNAL)
+    one = request(what, domain(disk("vda", path="/d/vda.other"), disk("vdb", path="/d/vdb.other")))
+    (hold,) = [step for step in steps(one) if step.action == "hold"]
+    assert not one.parting
+    assert hold.arguments["disks"] == [
+        {"path": path, "format": "qcow2", "writable": True} for path in ("/d/vda.qcow2", "/d/vdb.qcow2")
+    ]
+
+
 def test_a_kept_state_is_what_the_revert_starts_from() -> None:
     one = request(snapshot(EXTERNAL, INTERNAL), domain(disk("vda", path="/d/vda.top"), holding("vdb")))
     keep = SnapshotRequest("safe", disk_only=True, disks={"vda": DiskRequest(EXTERNAL), "vdb": DiskRequest(INTERNAL)})
