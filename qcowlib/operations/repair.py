@@ -25,9 +25,9 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from qcowlib.errors import ImageStateError, OptionError, UnsupportedFeature
+from qcowlib.errors import ImageStateError, OptionError, QcowError, UnsupportedFeature
 from qcowlib.findings import CheckReport, Finding, Severity
-from qcowlib.format.constants import MAX_INT64
+from qcowlib.format.constants import MAX_INT64, MIN_EXTENDED_L2_CLUSTER_BITS
 from qcowlib.format.entries import Int64Array
 from qcowlib.format.features import KNOWN_AUTOCLEAR, Incompatible
 from qcowlib.format.header import Header
@@ -48,6 +48,7 @@ from qcowlib.storage.overlay import OverlayStorage
 from qcowlib.storage.protocol import Storage
 
 _SECTOR = 512
+_MANY = 8  # findings, and times as many, from which on the L2 tables are of the other kind than the header says
 _CANNOT_REBUILD = "Input/output error"  # what qemu-img says where -r leaks would have to make refcounts anew
 
 
@@ -212,6 +213,8 @@ class _Planning:
         if found.stopped or rescued.repairs or tables.found_again or header_damaged:
             found = census(self._state(self.header), rescued)
             report = check_census(self._state(self.header), found)
+        if found.mapping_damaged:
+            self._refuse_other_entries(report, rescued)
         mapping = MappingRepair(self.base, self.overlay, self.header, rescued)
         mended = [finding for finding in _told(report) if _is_mapping(finding)]
         damaged = bool(mended or found.mapping_damaged or found.stopped or rescued.repairs or header_damaged)
@@ -244,6 +247,28 @@ class _Planning:
         self._finish(plan, header)
         self._prove(header)
         return plan
+
+    def _refuse_other_entries(self, report: CheckReport, rescued: RescuedSnapshots) -> None:
+        """An image that has lost its extended-L2 bit looks damaged all over; its entries are not to be dropped."""
+        other = self.header.incompatible_features ^ Incompatible.EXTENDED_L2
+        header = replace(self.header, incompatible_features=other)
+        if header.version < 3 or (header.extended_l2 and header.cluster_bits < MIN_EXTENDED_L2_CLUSTER_BITS):
+            return
+        try:
+            again = check_census(self._state(header), census(self._state(header), rescued))
+        except QcowError:
+            return
+        here, there = (one.corruptions + one.leaks for one in (report, again))
+        if again.stopped is None and here >= _MANY and there * _MANY <= here:
+            wrong = (
+                "not set, although the L2 tables have them"
+                if header.extended_l2
+                else "set, although the tables have none"
+            )
+            raise NotRepairable(
+                f"the header's bit for extended L2 entries is {wrong}: "
+                f"read in the other way the image has {there} findings, not {here}"
+            )
 
     def _is_table_cut(self, found: Census) -> bool:
         """Whether the file ends inside an L1 or L2 table, by less than a cluster, which the check allows."""

@@ -142,6 +142,8 @@ def test_random_damage(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     [
         "wide-refcounts:139264=0000000000020000",  # a snapshot's L1 table is said to be where the active L2 table is
         "subclusters:295200=0000000000000000,278540=0000,32782=f857,278544=00000010",  # a snapshot without an id
+        # The header has lost the bit for extended L2 entries.
+        "subclusters:278542=4005,72=0000000000000001,278552=1000000000000000",
         "v2:16584=000000000002b000,131084=0000",  # the same, beside a wrong L2 entry of the snapshot
         "overlay:126976=0000000000020000",  # a snapshot's L1 entry takes the snapshot table for an L2 table
     ],
