@@ -73,6 +73,11 @@ class ScanRules:
     has_data_file: bool
     file_end: int
 
+    @property
+    def limit(self) -> int:
+        """Where data clusters end, in bytes: they begin before."""
+        return MAX_HOST_OFFSET + 1 if self.has_data_file else self.file_end
+
 
 @dataclass
 class L2Scan:
@@ -128,7 +133,6 @@ class TableScanner:
 
     def __init__(self, rules: ScanRules, max_tables: int) -> None:
         self._rules = rules
-        self._limit = MAX_HOST_OFFSET + 1 if rules.has_data_file else rules.file_end
         steps = (max_tables, rules.geometry.l2_entries - 1)
         self._step = np.empty(steps, dtype=np.uint64)
         self._regular = np.empty(steps, dtype=np.bool_)
@@ -175,7 +179,7 @@ class TableScanner:
         runs &= last - first == np.uint64((count - 1) * size)
         start = offsets(first)
         runs &= flagged(first, OFLAG_COPIED) if self._rules.has_data_file else start > 0
-        runs &= start + (count - 1) * size < self._limit
+        runs &= start + (count - 1) * size < self._rules.limit
         if not runs.any():
             return runs
         chosen: slice | Int64Array = slice(None) if runs.all() else np.flatnonzero(runs)
@@ -237,7 +241,7 @@ def few_pieces(tables: Entries, rules: ScanRules) -> Pieces:
     sound = (first & ~allowed) == 0
     sound &= copied if rules.has_data_file else host != 0
     # A run's last cluster begins inside the file: so do all before it, and no sum has reached the flags.
-    sound &= host + (length - 1) * size < (MAX_HOST_OFFSET + 1 if rules.has_data_file else rules.file_end)
+    sound &= host + (length - 1) * size < rules.limit
     few[row[used & ~sound]] = False
     kept = np.flatnonzero(used & few[row])
     return Pieces(few, row[kept], host[kept] >> rules.geometry.cluster_bits, length[kept], copied[kept])

@@ -176,10 +176,18 @@ class Rig:
             if process.poll() is None:
                 process.kill()
             process.wait(DEADLINE)
+        for process_id in self.running():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process_id, signal.SIGKILL)
+
+    def running(self) -> list[int]:
+        """The processes that have this domain's command, whoever has started them."""
+        found = []
         for entry in Path("/proc").iterdir():
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # it may have ended meanwhile
                 if entry.name.isdigit() and f"unix:{self.socket}".encode() in (entry / "cmdline").read_bytes():
-                    os.kill(int(entry.name), signal.SIGKILL)
+                    found.append(int(entry.name))
+        return found
 
 
 def _filled(argument: str, values: dict[str, str]) -> str:

@@ -5,7 +5,6 @@ the guest has after it went back.
 """
 
 import random
-import time
 from collections import Counter
 from pathlib import Path
 
@@ -26,9 +25,10 @@ from snapshot.model import (
     RevertOptions,
     SnapshotRequest,
 )
-from snapshot.qmp import listening
+from snapshot.qmp import listening, poll
 from tests import oracle
 from tests.live.rig import MakeRig, Rig, consistent, disk_counter, ram_record, snapshot_counters, snapshot_record
+from tests.live.test_domain_revert import wait_for_lines
 
 pytestmark = [pytest.mark.live, pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -111,7 +111,7 @@ class Program:
             if record is not None:
                 assert ram_record(self.active.qmp, self.directory) == record
             self.active.qmp.execute("cont")
-            self.ticks()
+            wait_for_lines(self.guest, 2)
 
     def delete(self) -> None:
         if len(self.held) < 3:
@@ -125,14 +125,19 @@ class Program:
     def switch(self) -> None:
         """Off, or on again."""
         if self.active is not None:
-            self.active.qmp.execute("quit")
-            self.domain.close()
-            while_running(self.guest)
+            self.quit()
             self.domain = self.guest.inactive()
             return
         self.domain.close()
         layers = Journal(self.catalog.directory).layers()
         self.domain = self.guest.start(paths=layers)
+
+    def quit(self) -> None:
+        """End QEMU in order, whoever has started it."""
+        assert self.active is not None
+        self.active.qmp.execute("quit")
+        self.domain.close()
+        poll(lambda: None if self.guest.running() else True, deadline=60, what="QEMU")
 
     def pause(self) -> None:
         """A guest that stands still, or goes on."""
@@ -147,15 +152,6 @@ class Program:
         self.domain.close()
         self.domain = self.guest.connect() if listening(self.guest.socket) else self.guest.inactive()
 
-    def ticks(self) -> None:
-        """The guest runs: it prints lines, whichever QEMU has it."""
-        lines = self.guest.lines()
-        end = time.monotonic() + 60
-        while len(self.guest.lines()) < len(lines) + 2:
-            lines = lines[: len(self.guest.lines())]  # a new QEMU begins a new file
-            assert time.monotonic() < end, self.guest.lines()[-3:]
-            time.sleep(0.02)
-
     def look(self) -> None:
         assert not self.guest.complaints()
         stored = {one.name: one for one in self.catalog.load()}
@@ -165,19 +161,7 @@ class Program:
             if record is not None:
                 assert snapshot_record(stored[name]) == record, name
         if self.active is not None and self.active.qmp.execute("query-status")["status"] == "running":
-            self.ticks()
-
-
-def while_running(guest: Rig) -> None:
-    """Wait until no process has the domain's socket."""
-    end = time.monotonic() + 60
-    while any(
-        f"unix:{guest.socket}".encode() in entry.read_bytes()
-        for entry in Path("/proc").glob("[0-9]*/cmdline")
-        if entry.exists()
-    ):
-        assert time.monotonic() < end
-        time.sleep(0.02)
+            wait_for_lines(self.guest, 2)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -201,9 +185,7 @@ def test_every_snapshot_stays_what_it_was(rig: MakeRig, tmp_path: Path, seed: in
             program.refusals.append(str(error))
         program.look()
     if program.active is not None:
-        program.active.qmp.execute("quit")
-        program.domain.close()
-        while_running(program.guest)
+        program.quit()
     for path in tmp_path.glob("*.qcow2"):
         oracle.assert_clean(path)
     for what, least in {"create": 5, "at the end": 2}.items():
